@@ -1,0 +1,104 @@
+// dtm_fast._cpu: the CPU kernels, for tensors given as addresses, sizes and strides (in elements).
+// The Python side has checked them. No arithmetic here; the GIL is released around every kernel.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "../kernels/cpu/cpu_features.h"
+#include "../kernels/cpu/int8_linear.h"
+#include "../kernels/cpu/mask_bits.h"
+#include "../kernels/cpu/masked_linear.h"
+#include "../kernels/cpu/quantize_int8.h"
+#include "../kernels/cpu/token_divergence.h"
+
+namespace py = pybind11;
+using namespace dtm_fast;
+
+namespace {
+
+using Address = std::uintptr_t;
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() =
+      "CPU kernels of dtm_fast; isa: 1 = avx2, 2 = avx512, 3 = avx512_vnni; type: 0 = float32, 1 = bfloat16";
+  module.attr("INT8_LINEAR_MAX_K") = kInt8LinearMaxK;
+
+  module.def("detected_isa", [] { return static_cast<int>(detected_cpu_isa()); });
+
+  module.def(
+      "quantize_int8",
+      [](int isa, int num_threads, Address x, int x_type, int64_t x_stride, int64_t M, int64_t K, Address qx,
+         Address scale) {
+        quantize_int8(
+            CpuIsa(isa),
+            {pointer<void>(x), FloatType(x_type), x_stride, M, K, pointer<int8_t>(qx), pointer<float>(scale)},
+            num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "int8_linear",
+      [](int isa, int num_threads, Address qx, Address scale_x, Address qweight, int64_t qweight_stride,
+         Address scale_w, Address bias, int64_t M, int64_t N, int64_t K, Address y, int y_type) {
+        int8_linear(
+            CpuIsa(isa),
+            {pointer<int8_t>(qx), pointer<float>(scale_x), pointer<int8_t>(qweight), qweight_stride,
+             pointer<float>(scale_w), pointer<float>(bias), M, N, K, pointer<void>(y), FloatType(y_type)},
+            num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "pack_mask",
+      [](int isa, int num_threads, Address mask, int64_t mask_stride, int64_t N, int64_t K, Address packed,
+         int64_t packed_stride) {
+        pack_mask(CpuIsa(isa),
+                  {pointer<uint8_t>(mask), mask_stride, N, K, pointer<uint8_t>(packed), packed_stride},
+                  num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "unpack_mask",
+      [](int isa, int num_threads, Address packed, int64_t packed_stride, int64_t N, int64_t K, Address mask,
+         int64_t mask_stride) {
+        unpack_mask(CpuIsa(isa),
+                    {pointer<uint8_t>(packed), packed_stride, N, K, pointer<uint8_t>(mask), mask_stride},
+                    num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "masked_linear",
+      [](int isa, int num_threads, int type, Address x, int64_t x_stride, Address weight,
+         int64_t weight_stride, Address mask, int64_t mask_row_stride, int64_t mask_variant_stride,
+         Address bias, int64_t V, int64_t M, int64_t N, int64_t K, Address y) {
+        masked_linear(CpuIsa(isa),
+                      {FloatType(type), pointer<void>(x), x_stride, pointer<void>(weight), weight_stride,
+                       pointer<uint8_t>(mask), mask_row_stride, mask_variant_stride, pointer<float>(bias), V,
+                       M, N, K, pointer<void>(y)},
+                      num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "token_divergence",
+      [](int isa, int num_threads, int type, Address hidden, int64_t hidden_stride, Address lm_head,
+         int64_t lm_head_stride, Address reference, int64_t T, int64_t V, int64_t D, Address mismatch,
+         Address nll) {
+        token_divergence(
+            CpuIsa(isa),
+            {FloatType(type), pointer<void>(hidden), hidden_stride, pointer<void>(lm_head), lm_head_stride,
+             pointer<int64_t>(reference), T, V, D, pointer<uint8_t>(mismatch), pointer<float>(nll)},
+            num_threads);
+      },
+      ReleaseGil());
+}

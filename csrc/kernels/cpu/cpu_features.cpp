@@ -1,0 +1,60 @@
+#include "cpu_features.h"
+
+#include <cpuid.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+namespace dtm_fast {
+namespace {
+
+struct Registers {
+  uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Registers cpuid(uint32_t leaf, uint32_t subleaf) {
+  Registers r;
+  if (__get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx) == 0) return Registers{};
+  return r;
+}
+
+// Inline assembly, not _xgetbv(): the intrinsic needs -mxsave, and this file is compiled for the baseline.
+uint64_t extended_control_register_0() {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+bool has(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
+
+// Intel SDM vol. 1, sections 14.3, 14.7.1 and 15.2: CPUID says what the CPU has, XCR0 what the operating
+// system saves. Without the second test the kernels fault on systems that leave AVX off.
+CpuIsa detect() {
+  const Registers leaf1 = cpuid(1, 0);
+  if (!has(leaf1.ecx, bit_OSXSAVE | bit_AVX | bit_FMA)) return CpuIsa::kNone;
+  const uint64_t xcr0 = extended_control_register_0();
+  constexpr uint64_t kYmmState = 0x06;  // XMM and upper halves of YMM
+  constexpr uint64_t kZmmState = 0xe6;  // the same, opmask, upper halves of ZMM0-15, ZMM16-31
+  const Registers leaf7 = cpuid(7, 0);
+  if ((xcr0 & kYmmState) != kYmmState || !has(leaf7.ebx, bit_AVX2)) return CpuIsa::kNone;
+  if ((xcr0 & kZmmState) != kZmmState ||
+      !has(leaf7.ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ)) {
+    return CpuIsa::kAvx2;
+  }
+  return has(leaf7.ecx, bit_AVX512VNNI) ? CpuIsa::kAvx512Vnni : CpuIsa::kAvx512;
+}
+
+}  // namespace
+
+CpuIsa detected_cpu_isa() {
+  static const CpuIsa isa = detect();
+  return isa;
+}
+
+void require_cpu_isa(CpuIsa isa) {
+  if (isa < CpuIsa::kAvx2 || isa > detected_cpu_isa()) {
+    throw std::invalid_argument("this machine cannot run the kernels of the instruction set asked for");
+  }
+}
+
+}  // namespace dtm_fast

@@ -1,0 +1,20 @@
+// Which instruction sets this machine and its operating system can run.
+#pragma once
+
+namespace dtm_fast {
+
+// Ordered: a machine that has one level has every lower one.
+enum class CpuIsa : int {
+  kNone = 0,        // no level below: the kernels of this library cannot run
+  kAvx2 = 1,        // AVX2, FMA
+  kAvx512 = 2,      // AVX-512 F, BW, VL, DQ
+  kAvx512Vnni = 3,  // AVX-512 VNNI
+};
+
+// The highest level that the CPU reports and whose registers the operating system saves.
+CpuIsa detected_cpu_isa();
+
+// Throws std::invalid_argument unless kAvx2 <= isa <= detected_cpu_isa().
+void require_cpu_isa(CpuIsa isa);
+
+}  // namespace dtm_fast

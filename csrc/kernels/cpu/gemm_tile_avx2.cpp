@@ -1,0 +1,166 @@
+// Packed panels and a register-blocked micro-kernel, after Goto & van de Geijn, "Anatomy of High-Performance
+// Matrix Multiplication" (ACM TOMS 34(3), 2008).
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "gemm_tile.h"
+
+namespace dtm_fast {
+namespace {
+
+constexpr int64_t kPanelCols = 16;  // two vectors of weight rows
+constexpr int kTileRows = 6;        // 12 accumulators, 2 weight vectors, 1 broadcast: 15 of 16 registers
+
+template <FloatType type>
+__m256 load_8(const void* row, int64_t index) {
+  if (type == FloatType::kFloat32) return _mm256_loadu_ps(static_cast<const float*>(row) + index);
+  const __m128i bits =
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(row) + index));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// The first count elements, zeros behind them.
+template <FloatType type>
+__m256 load_up_to_8(const void* row, int64_t index, int64_t count) {
+  if (count >= 8) return load_8<type>(row, index);
+  alignas(32) char copy[32] = {};
+  std::memcpy(copy, static_cast<const char*>(row) + index * size_of(type),
+              static_cast<size_t>(count * size_of(type)));
+  return load_8<type>(copy, 0);
+}
+
+const void* row_of(const void* matrix, FloatType type, int64_t stride, int64_t row) {
+  return static_cast<const char*>(matrix) + row * stride * size_of(type);
+}
+
+// scratch [rows, kGemmBlockK] = float32(x[:, k0 : k0 + depth])
+template <FloatType type>
+void pack_x(const GemmTile& tile, int64_t k0, int64_t depth, float* scratch) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const void* row = row_of(tile.x, type, tile.x_stride, i);
+    for (int64_t k = 0; k < depth; k += 8) {
+      _mm256_storeu_ps(scratch + i * kGemmBlockK + k, load_up_to_8<type>(row, k0 + k, depth - k));
+    }
+  }
+}
+
+// In place: r[j] lane i = old r[i] lane j. First inside each block of 4 x 4, then between the blocks.
+void transpose_8x8(__m256 r[8]) {
+  for (int g = 0; g < 8; g += 4) {
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r[g], r[g + 1]));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(r[g], r[g + 1]));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(r[g + 2], r[g + 3]));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(r[g + 2], r[g + 3]));
+    r[g] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+    r[g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+    r[g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+    r[g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m256 first = r[c], second = r[4 + c];
+    r[c] = _mm256_permute2f128_ps(first, second, 0x20);
+    r[4 + c] = _mm256_permute2f128_ps(first, second, 0x31);
+  }
+}
+
+// Lane i is all ones where bit i of the byte is set.
+__m256 lanes_of(uint8_t byte) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bit), bit));
+}
+
+// panel [depth rounded up to 8, kPanelCols] = transposed weight[j0 : j0 + kPanelCols, k0 : k0 + depth],
+// masked; columns beyond the tile are zero. Masking clears bits, so a NaN that is masked out does not count.
+template <FloatType type>
+void pack_panel(const GemmTile& tile, int64_t variant, int64_t j0, int64_t k0, int64_t depth, float* panel) {
+  for (int64_t half = 0; half < kPanelCols; half += 8) {
+    for (int64_t k = 0; k < depth; k += 8) {
+      __m256 r[8];
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t j = j0 + half + i;
+        r[i] = _mm256_setzero_ps();
+        if (j >= tile.cols) continue;
+        r[i] = load_up_to_8<type>(row_of(tile.weight, type, tile.weight_stride, j), k0 + k, depth - k);
+        if (tile.mask != nullptr) {
+          const uint8_t* row = tile.mask + variant * tile.mask_variant_stride + j * tile.mask_row_stride;
+          r[i] = _mm256_and_ps(r[i], lanes_of(row[(k0 + k) / 8]));
+        }
+      }
+      transpose_8x8(r);
+      for (int64_t i = 0; i < 8; ++i) _mm256_storeu_ps(panel + (k + i) * kPanelCols + half, r[i]);
+    }
+  }
+}
+
+// c[0 : kRows, 0 : cols] += x[0 : kRows, :depth] @ panel, where x has row stride kGemmBlockK
+template <int kRows>
+void multiply(const float* x, const float* panel, int64_t depth, float* c, int64_t c_stride, int64_t cols) {
+  __m256 sum[kRows][2];
+  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < depth; ++k) {
+    const __m256 w0 = _mm256_loadu_ps(panel + k * kPanelCols);
+    const __m256 w1 = _mm256_loadu_ps(panel + k * kPanelCols + 8);
+    for (int i = 0; i < kRows; ++i) {
+      const __m256 value = _mm256_set1_ps(x[i * kGemmBlockK + k]);
+      sum[i][0] = _mm256_fmadd_ps(value, w0, sum[i][0]);
+      sum[i][1] = _mm256_fmadd_ps(value, w1, sum[i][1]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    float* row = c + i * c_stride;
+    if (cols == kPanelCols) {
+      _mm256_storeu_ps(row, _mm256_add_ps(_mm256_loadu_ps(row), sum[i][0]));
+      _mm256_storeu_ps(row + 8, _mm256_add_ps(_mm256_loadu_ps(row + 8), sum[i][1]));
+    } else {
+      alignas(32) float block[kPanelCols];
+      _mm256_store_ps(block, sum[i][0]);
+      _mm256_store_ps(block + 8, sum[i][1]);
+      for (int64_t j = 0; j < cols; ++j) row[j] += block[j];
+    }
+  }
+}
+
+void multiply_rows(const GemmTile& tile, const float* x, const float* panel, int64_t depth, float* c,
+                   int64_t cols) {
+  int64_t i = 0;
+  for (; i + kTileRows <= tile.rows; i += kTileRows) {
+    multiply<kTileRows>(x + i * kGemmBlockK, panel, depth, c + i * tile.c_stride, tile.c_stride, cols);
+  }
+  for (; i < tile.rows; ++i) {
+    multiply<1>(x + i * kGemmBlockK, panel, depth, c + i * tile.c_stride, tile.c_stride, cols);
+  }
+}
+
+template <FloatType type>
+void gemm_tile(const GemmTile& tile) {
+  float* x = tile.scratch;
+  float* panel = tile.scratch + tile.rows * kGemmBlockK;
+  for (int64_t v = 0; v < tile.variants; ++v) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      float* row = tile.c + v * tile.c_variant_stride + i * tile.c_stride;
+      for (int64_t j = 0; j < tile.cols; ++j) row[j] = 0.0f;
+    }
+  }
+  for (int64_t k0 = 0; k0 < tile.K; k0 += kGemmBlockK) {
+    const int64_t depth = tile.K - k0 < kGemmBlockK ? tile.K - k0 : kGemmBlockK;
+    pack_x<type>(tile, k0, depth, x);
+    for (int64_t j0 = 0; j0 < tile.cols; j0 += kPanelCols) {
+      const int64_t cols = tile.cols - j0 < kPanelCols ? tile.cols - j0 : kPanelCols;
+      // All variants of a panel follow each other, so that the weight is read from memory once.
+      for (int64_t v = 0; v < tile.variants; ++v) {
+        pack_panel<type>(tile, v, j0, k0, depth, panel);
+        multiply_rows(tile, x, panel, depth, tile.c + v * tile.c_variant_stride + j0, cols);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gemm_tile_avx2(const GemmTile& tile) {
+  tile.type == FloatType::kFloat32 ? gemm_tile<FloatType::kFloat32>(tile)
+                                   : gemm_tile<FloatType::kBfloat16>(tile);
+}
+
+}  // namespace dtm_fast

@@ -1,0 +1,62 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "quantize_int8.h"
+
+namespace dtm_fast {
+namespace {
+
+__mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1u);
+}
+
+template <FloatType type>
+__m512 load_16(const void* x, int64_t index, __mmask16 lanes) {
+  if (type == FloatType::kFloat32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(x) + index);
+  const __m256i bits = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(x) + index);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+template <FloatType type>
+float quantize_row(const void* x, int64_t K, int8_t* qx) {
+  // The bits of |x| order like integers, with infinity and the NaNs above every finite number.
+  const __m512i kMagnitude = _mm512_set1_epi32(0x7fffffff);
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t k = 0; k < K; k += 16) {
+    const __m512i bits = _mm512_castps_si512(load_16<type>(x, k, first_lanes(K - k)));
+    largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, kMagnitude));
+  }
+  const int32_t absmax_bits = _mm512_reduce_max_epi32(largest);
+  if (absmax_bits >= 0x7f800000) {
+    std::memset(qx, 0, static_cast<size_t>(K));
+    return __builtin_nanf("");
+  }
+  float absmax;
+  std::memcpy(&absmax, &absmax_bits, sizeof absmax);
+  const float scale = absmax / 127.0f;
+  if (scale == 0.0f) {
+    std::memset(qx, 0, static_cast<size_t>(K));
+    return 0.0f;
+  }
+  const __m512 divisor = _mm512_set1_ps(scale);
+  const __m512i kLimit = _mm512_set1_epi32(127);
+  // Values before rounding are at most absmax / scale, far inside int32: a denormal scale is rounded by at
+  // most a factor of 2, so cvtps_epi32 never overflows and the clamp comes after it.
+  for (int64_t k = 0; k < K; k += 16) {
+    const __mmask16 lanes = first_lanes(K - k);
+    __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(load_16<type>(x, k, lanes), divisor));
+    q = _mm512_max_epi32(_mm512_min_epi32(q, kLimit), _mm512_sub_epi32(_mm512_setzero_si512(), kLimit));
+    _mm512_mask_cvtepi32_storeu_epi8(qx + k, lanes, q);
+  }
+  return scale;
+}
+
+}  // namespace
+
+float quantize_int8_row_avx512(const void* x, FloatType x_type, int64_t K, int8_t* qx) {
+  return x_type == FloatType::kFloat32 ? quantize_row<FloatType::kFloat32>(x, K, qx)
+                                       : quantize_row<FloatType::kBfloat16>(x, K, qx);
+}
+
+}  // namespace dtm_fast

@@ -1,0 +1,124 @@
+#include <cmath>
+#include <limits>
+
+#include "../kernels/cpu/gemm_tile.h"
+#include "../kernels/cpu/masked_linear.h"
+#include "../kernels/cpu/store_float.h"
+#include "check.h"
+
+using namespace dtm_fast;
+using namespace dtm_fast::test;
+
+namespace {
+
+void store_float(void* array, FloatType type, int64_t index, float value) {
+  store_floats(array, type, index, &value, 1);
+}
+
+struct Shape {
+  int64_t V, M, N, K;
+};
+
+float load(const void* x, FloatType type, int64_t index) {
+  return type == FloatType::kFloat32 ? static_cast<const float*>(x)[index]
+                                     : float_from_bfloat16(static_cast<const uint16_t*>(x)[index]);
+}
+
+// Elements of either type; the unused buffer is empty.
+struct Matrix {
+  Matrix(FloatType type, int64_t size)
+      : wide(type == FloatType::kFloat32 ? size : 0),
+        narrow(type == FloatType::kBfloat16 ? size : 0),
+        data(type == FloatType::kFloat32 ? static_cast<void*>(wide.data()) : narrow.data()) {}
+  GuardedBuffer<float> wide;
+  GuardedBuffer<uint16_t> narrow;
+  void* data;
+};
+
+// The documented order of the sum, in scalar code: the kernels must give its bits.
+float dot(const MaskedLinear& args, int64_t v, int64_t m, int64_t n) {
+  const uint8_t* mask = args.mask + v * args.mask_variant_stride + n * args.mask_row_stride;
+  float total = 0.0f;
+  for (int64_t k0 = 0; k0 < args.K; k0 += kGemmBlockK) {
+    float block = 0.0f;
+    for (int64_t k = k0; k < args.K && k < k0 + kGemmBlockK; ++k) {
+      const bool kept = mask[k / 8] >> (k % 8) & 1;
+      const float weight = kept ? load(args.weight, args.type, n * args.weight_stride + k) : 0.0f;
+      block = std::fmaf(load(args.x, args.type, m * args.x_stride + k), weight, block);
+    }
+    total += block;
+  }
+  return total;
+}
+
+void test_shape(CpuIsa isa, FloatType type, Shape shape, bool with_bias) {
+  const auto [V, M, N, K] = shape;
+  Random random(static_cast<uint64_t>(((V * 1000 + M) * 1000 + N) * 1000 + K));
+  const int64_t x_stride = K + 1, weight_stride = K + 2, row_bytes = (K + 7) / 8;
+  Matrix x(type, M == 0 ? 0 : (M - 1) * x_stride + K);
+  Matrix weight(type, N == 0 ? 0 : (N - 1) * weight_stride + K);
+  Matrix y(type, V * M * N);
+  GuardedBuffer<uint8_t> mask(V * N * row_bytes);
+  GuardedBuffer<float> bias(N);
+  for (int64_t i = 0; i < V * N * row_bytes; ++i) mask[i] = static_cast<uint8_t>(random.bits());
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t k = 0; k < K; ++k) store_float(x.data, type, m * x_stride + k, random.uniform());
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t k = 0; k < K; ++k) {
+      bool kept = false;
+      for (int64_t v = 0; v < V; ++v) kept = kept || (mask[(v * N + n) * row_bytes + k / 8] >> (k % 8) & 1);
+      const float dropped = std::numeric_limits<float>::quiet_NaN();  // must not count
+      store_float(weight.data, type, n * weight_stride + k, kept ? random.uniform() : dropped);
+    }
+    bias[n] = random.uniform();
+  }
+  const MaskedLinear args = {type,
+                             x.data,
+                             x_stride,
+                             weight.data,
+                             weight_stride,
+                             mask.data(),
+                             row_bytes,
+                             N * row_bytes,
+                             with_bias ? bias.data() : nullptr,
+                             V,
+                             M,
+                             N,
+                             K,
+                             y.data};
+  masked_linear(isa, args, 2);
+  for (int64_t v = 0; v < V; ++v) {
+    for (int64_t m = 0; m < M; ++m) {
+      for (int64_t n = 0; n < N; ++n) {
+        const float expected = dot(args, v, m, n) + (with_bias ? bias[n] : 0.0f);
+        const int64_t index = (v * M + m) * N + n;
+        if (type == FloatType::kFloat32) {
+          CHECK(y.wide[index] == expected);
+        } else {
+          CHECK(y.narrow[index] == bfloat16_bits(expected));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for_each_isa([](CpuIsa isa) {
+    for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
+      for (int64_t K : {0, 1, 7, 8, 9, 16, 17, 31, 255, 256, 257, 300}) {
+        for (int64_t M : {0, 1, 5, 12, 19}) {
+          for (int64_t N : {0, 1, 15, 33, 70}) {
+            test_shape(isa, type, {1, M, N, K}, true);
+            test_shape(isa, type, {2, M, N, K}, false);
+          }
+        }
+      }
+      test_shape(isa, type, {0, 3, 4, 5}, true);
+      test_shape(isa, type, {11, 13, 35, 40}, true);
+      test_shape(isa, type, {1, 245, 66, 40}, false);
+    }
+  });
+}

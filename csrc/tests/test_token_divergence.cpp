@@ -1,0 +1,102 @@
+#include <cmath>
+#include <limits>
+
+#include "../kernels/cpu/store_float.h"
+#include "../kernels/cpu/token_divergence.h"
+#include "check.h"
+
+using namespace dtm_fast;
+using namespace dtm_fast::test;
+
+namespace {
+
+void store_float(void* array, FloatType type, int64_t index, float value) {
+  store_floats(array, type, index, &value, 1);
+}
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Small integers, so that every sum is exact and many logits tie.
+void test_shape(CpuIsa isa, FloatType type, int64_t T, int64_t V, int64_t D) {
+  Random random(static_cast<uint64_t>((T * 10000 + V) * 1000 + D));
+  const int64_t hidden_stride = D + 1, head_stride = D + 3;
+  const int64_t hidden_size = T == 0 ? 0 : (T - 1) * hidden_stride + D, head_size = (V - 1) * head_stride + D;
+  std::vector<float> hidden(static_cast<size_t>(hidden_size)), head(static_cast<size_t>(head_size));
+  for (float& each : hidden) each = static_cast<float>(random.integer(-3, 3));
+  for (float& each : head) each = static_cast<float>(random.integer(-3, 3));
+  const bool narrow = type == FloatType::kBfloat16;
+  GuardedBuffer<float> hidden32(narrow ? 0 : hidden_size), head32(narrow ? 0 : head_size);
+  GuardedBuffer<uint16_t> hidden16(narrow ? hidden_size : 0), head16(narrow ? head_size : 0);
+  void* hidden_data = narrow ? static_cast<void*>(hidden16.data()) : hidden32.data();
+  void* head_data = narrow ? static_cast<void*>(head16.data()) : head32.data();
+  for (int64_t i = 0; i < hidden_size; ++i) store_float(hidden_data, type, i, hidden[static_cast<size_t>(i)]);
+  for (int64_t i = 0; i < head_size; ++i) store_float(head_data, type, i, head[static_cast<size_t>(i)]);
+  GuardedBuffer<int64_t> reference(T);
+  for (int64_t t = 0; t < T; ++t) reference[t] = random.integer(0, V - 1);
+  GuardedBuffer<uint8_t> mismatch(T);
+  GuardedBuffer<float> nll(T);
+  const TokenDivergence args = {
+      type, hidden_data, hidden_stride,   head_data, head_stride, reference.data(), T,
+      V,    D,           mismatch.data(), nll.data()};
+  token_divergence(isa, args, 2);
+  std::vector<double> logits(static_cast<size_t>(V));
+  for (int64_t t = 0; t < T; ++t) {
+    int64_t best = 0;
+    for (int64_t v = 0; v < V; ++v) {
+      double sum = 0.0;
+      for (int64_t d = 0; d < D; ++d) {
+        sum += hidden[static_cast<size_t>(t * hidden_stride + d)] *
+               head[static_cast<size_t>(v * head_stride + d)];
+      }
+      const float rounded = static_cast<float>(sum);
+      logits[static_cast<size_t>(v)] = narrow ? float_from_bfloat16(bfloat16_bits(rounded)) : rounded;
+      if (logits[static_cast<size_t>(v)] > logits[static_cast<size_t>(best)]) best = v;
+    }
+    double sum = 0.0;
+    for (double logit : logits) sum += std::exp(logit - logits[static_cast<size_t>(best)]);
+    const double expected =
+        logits[static_cast<size_t>(best)] + std::log(sum) - logits[static_cast<size_t>(reference[t])];
+    CHECK(mismatch[t] == (best != reference[t]));
+    CHECK(std::fabs(nll[t] - expected) <= 1e-6 * (1.0 + expected));
+  }
+}
+
+// One token whose logits are the given numbers, through D = 1 and hidden = 1.
+void test_logits(CpuIsa isa, const std::vector<float>& logits, int64_t argmax, float expected_nll) {
+  const float one = 1.0f;
+  uint8_t mismatch = 2;
+  float nll = 0.0f;
+  token_divergence(isa,
+                   {FloatType::kFloat32, &one, 1, logits.data(), 1, &argmax, 1,
+                    static_cast<int64_t>(logits.size()), 1, &mismatch, &nll},
+                   1);
+  CHECK(mismatch == 0);
+  CHECK(std::isnan(expected_nll) ? std::isnan(nll) : std::fabs(nll - expected_nll) < 1e-6f);
+}
+
+}  // namespace
+
+int main() {
+  for_each_isa([](CpuIsa isa) {
+    for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
+      for (int64_t V : {1, 15, 16, 17, 255, 256, 257, 600}) {
+        for (int64_t D : {0, 1, 17, 64}) {
+          for (int64_t T : {0, 1, 5, 13}) test_shape(isa, type, T, V, D);
+        }
+      }
+      test_shape(isa, type, 245, 40, 9);
+      test_shape(isa, type, 1000, 300, 5);
+    }
+    test_logits(isa, {1.0f, 1.0f}, 0, std::log(2.0f));
+    test_logits(isa, {1.0f, kNan, kInfinity, kNan}, 1, kNan);
+    test_logits(isa, {-kInfinity, -kInfinity}, 0, kNan);
+    test_logits(isa, {-kInfinity, 3.0f, -1e30f}, 1, 0.0f);
+    test_logits(isa, {3.0f, kInfinity, kInfinity}, 1, kNan);
+    std::vector<float> many(700, -kInfinity);
+    many[600] = many[650] = 5.0f;
+    test_logits(isa, many, 600, std::log(2.0f));
+    many[300] = many[690] = kNan;
+    test_logits(isa, many, 300, kNan);
+  });
+}

@@ -1,0 +1,142 @@
+"""Linear layer with int8 weights and activations quantized on the fly."""
+
+from typing import cast
+
+import torch
+
+from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops.library import register
+from dtm_fast.ops.quantize_int8 import quantize_rows, quantize_rows_reference
+
+# |q_x * q_w| <= 128 * 128 = 2^14, so a sum over fewer than 2^17 products stays below 2^31.
+MAX_K = 2**17 - 1
+
+
+def int8_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Multiply int8 weights by activations that are quantized per token, dynamically, as quantize_int8 does.
+
+    Equals, with `qx, sx = quantize_int8(x)` and every step rounded to float32,
+    `((qx.int() @ qweight.int().T).float() * (sx[..., None] * scale) + bias).to(x.dtype)`.
+    All backends return the same bits. A token (row of x) that holds a NaN or an infinity gives a row of NaN.
+
+    Args:
+        x: [..., K], float32 or bfloat16.
+        qweight: [N, K] int8; -128 is allowed. K <= 131071, so that int32 sums cannot overflow.
+        scale: [N] float32, finite.
+        bias: [N], in the dtype of x or float32, or None.
+        backend: None (the best), "cpu" or "reference".
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        TypeError: an argument is no dense tensor of such a dtype.
+        ValueError: shapes or devices do not fit, K is too large, scale is not finite; backend is unknown.
+        RuntimeError: backend cannot run; autograd would need a backward (rounding has none).
+
+    Source: LLM.int8(), Dettmers et al. 2022 (vector-wise quantization).
+    """
+    if torch.compiler.is_compiling():
+        return cast(torch.Tensor, _OPERATOR(x, qweight, scale, bias, backend))
+    return _run(x, qweight, scale, bias, backend)
+
+
+def int8_linear_reference(
+    x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The reference twin."""
+    qx, scale_x = quantize_rows_reference(x)
+    # float64 holds every int32 sum exactly, on every device.
+    acc = torch.matmul(qx.double(), qweight.double().mT).to(torch.int32)
+    y = acc.float() * (scale_x[..., None] * scale)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def _int8_linear_cpu(
+    x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    cpu, isa, threads = native.cpu_call()
+    qx, scale_x = quantize_rows(x, "cpu")
+    qweight = native.as_rows(qweight)
+    scale = scale.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    columns, depth = qweight.shape
+    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    cpu.int8_linear(
+        isa,
+        threads,
+        qx.data_ptr(),
+        scale_x.data_ptr(),
+        qweight.data_ptr(),
+        qweight.stride(0),
+        scale.data_ptr(),
+        native.address(bias),
+        scale_x.numel(),
+        columns,
+        depth,
+        y.data_ptr(),
+        native.FLOAT_TYPES[x.dtype],
+    )
+    return y
+
+
+def _check(x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    checks.tensor("x", x, (torch.float32, torch.bfloat16))
+    checks.at_least_one_dim("x", x)
+    checks.tensor("qweight", qweight, (torch.int8,))
+    checks.dims("qweight", qweight, "[N, K]", 2)
+    checks.size("qweight", qweight, 1, x.shape[-1], "K of x")
+    if qweight.shape[1] > MAX_K:
+        raise ValueError(
+            f"qweight: expected K <= {MAX_K} (int32 sums overflow above), got {qweight.shape[1]}"
+        )
+    checks.tensor("scale", scale, (torch.float32,))
+    checks.dims("scale", scale, "[N]", 1)
+    checks.size("scale", scale, 0, qweight.shape[0], "N of qweight")
+    if bias is not None:
+        checks.tensor("bias", bias, {x.dtype: None, torch.float32: None})
+        checks.dims("bias", bias, "[N]", 1)
+        checks.size("bias", bias, 0, qweight.shape[0], "N of qweight")
+    checks.same_device("x", x, qweight=qweight, scale=scale, bias=bias)
+    checks.no_gradient_needed("int8_linear", x, scale, bias)
+
+
+def _run(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    _check(x, qweight, scale, bias)
+    checks.finite("scale", scale)
+    chosen = backends.choose("int8_linear", backend, x.device)
+    run = _int8_linear_cpu if chosen == "cpu" else int8_linear_reference
+    return run(x, qweight, scale, bias)
+
+
+def _fake(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    _check(x, qweight, scale, bias)
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+_OPERATOR = register(
+    "int8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias=None, str? backend=None) -> Tensor",
+    _run,
+    _fake,
+)

@@ -1,0 +1,142 @@
+"""Linear layer with a bitmask over its weight; several masks of one weight in one pass."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+
+from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops.library import register
+from dtm_fast.ops.mask_bits import check_packed, unpack_mask_reference
+
+
+def masked_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Multiply by the weights that a packed mask keeps, without making a masked copy of the weight.
+
+    Equals `F.linear(x, torch.where(unpack_mask(mask, K), weight, 0), bias)`, for V masks stacked V times.
+    A weight that is masked out does not count, even if it is NaN; NaN and infinity in x spread as in the
+    dense product. Sums are in float32, and their order depends on neither the batch, the threads nor the
+    instruction set (the reference twin sums as torch does).
+
+    Args:
+        x: [..., K], float32 or bfloat16.
+        weight: [N, K], in the dtype of x.
+        mask: [N, ceil(K / 8)] or [V, N, ceil(K / 8)] uint8, as pack_mask makes it.
+        bias: [N], in the dtype of x, or None.
+        backend: None (the best), "cpu" or "reference" (which alone has a backward).
+
+    Returns:
+        [..., N], or [V, ..., N] for V masks, in the dtype of x.
+
+    Raises:
+        TypeError: an argument is no dense tensor of such a dtype.
+        ValueError: shapes or devices do not fit, mask has bits set beyond K; backend is unknown.
+        RuntimeError: backend cannot run; autograd would need a backward and backend is not "reference".
+
+    Source: panels packed for the cache as in Goto & van de Geijn 2008, the mask applied while packing.
+    """
+    if torch.compiler.is_compiling():
+        checks.no_gradient_needed("masked_linear", x, weight, bias)  # the operator has none for any backend
+        return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend))
+    return _run(x, weight, mask, bias, backend)
+
+
+def masked_linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The reference twin."""
+    kept = unpack_mask_reference(mask, weight.shape[1])
+    if mask.dim() == 2:
+        return F.linear(x, torch.where(kept, weight, 0), bias)
+    variants = [F.linear(x, torch.where(each, weight, 0), bias) for each in kept]
+    return torch.stack(variants) if variants else x.new_empty((0, *x.shape[:-1], weight.shape[0]))
+
+
+def _masked_linear_cpu(
+    x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    cpu, isa, threads = native.cpu_call()
+    rows = native.as_rows(x)
+    weight = native.as_rows(weight)
+    masks = mask if mask.dim() == 3 else mask[None]
+    if masks.stride(-1) != 1:
+        masks = masks.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    columns, depth = weight.shape
+    y = torch.empty((*mask.shape[:-2], *x.shape[:-1], columns), dtype=x.dtype)
+    cpu.masked_linear(
+        isa,
+        threads,
+        native.FLOAT_TYPES[x.dtype],
+        rows.data_ptr(),
+        rows.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        masks.data_ptr(),
+        masks.stride(1),
+        masks.stride(0),
+        native.address(bias),
+        masks.shape[0],
+        rows.shape[0],
+        columns,
+        depth,
+        y.data_ptr(),
+    )
+    return y
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None) -> None:
+    checks.tensor("x", x, (torch.float32, torch.bfloat16))
+    checks.at_least_one_dim("x", x)
+    checks.tensor("weight", weight, (x.dtype,))
+    checks.dims("weight", weight, "[N, K]", 2)
+    checks.size("weight", weight, 1, x.shape[-1], "K of x")
+    check_packed("mask", mask, weight.shape[1])
+    checks.dims("mask", mask, "[N, ceil(K / 8)] or [V, N, ceil(K / 8)]", 2, 3)
+    checks.size("mask", mask, mask.dim() - 2, weight.shape[0], "N of weight")
+    if bias is not None:
+        checks.tensor("bias", bias, (x.dtype,))
+        checks.dims("bias", bias, "[N]", 1)
+        checks.size("bias", bias, 0, weight.shape[0], "N of weight")
+    checks.same_device("x", x, weight=weight, mask=mask, bias=bias)
+
+
+def _run(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    _check(x, weight, mask, bias)
+    if backend != "reference":
+        checks.no_gradient_needed("masked_linear", x, weight, bias)
+    chosen = backends.choose("masked_linear", backend, x.device)
+    checks.padding_bits_zero("mask", mask, weight.shape[1])
+    run = _masked_linear_cpu if chosen == "cpu" else masked_linear_reference
+    return run(x, weight, mask, bias)
+
+
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    _check(x, weight, mask, bias)
+    return x.new_empty((*mask.shape[:-2], *x.shape[:-1], weight.shape[0]))
+
+
+_OPERATOR = register(
+    "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None, str? backend=None) -> Tensor",
+    _run,
+    _fake,
+)

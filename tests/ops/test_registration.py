@@ -1,0 +1,74 @@
+"""The operators under torch.library's checks, torch.compile and inference mode."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dtm_fast import ops
+
+
+def arguments() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    x, weight = torch.randn(2, 5, 37), torch.randn(11, 37)
+    qweight, scale = ops.quantize_int8(weight)
+    kept = torch.rand(3, 11, 37) < 0.5
+    packed = ops.pack_mask(kept)
+    reference = torch.randint(0, 11, (2, 5))
+    return {
+        "quantize_int8": (ops.quantize_int8, (weight,)),
+        "int8_linear": (ops.int8_linear, (x.bfloat16(), qweight, scale, torch.randn(11))),
+        "pack_mask": (ops.pack_mask, (kept,)),
+        "unpack_mask": (ops.unpack_mask, (packed, 37)),
+        "masked_linear": (ops.masked_linear, (x, weight, packed, torch.randn(11))),
+        "token_divergence": (ops.token_divergence, (x, weight, reference)),
+    }
+
+
+OPERATIONS = list(arguments())
+
+
+def assert_same(first: Any, second: Any) -> None:
+    first, second = ((each,) if isinstance(each, torch.Tensor) else each for each in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_opcheck(operation: str) -> None:
+    _, values = arguments()[operation]
+    torch.library.opcheck(getattr(torch.ops.dtm_fast, operation).default, values)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_compiles_without_graph_breaks(operation: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+    function, values = arguments()[operation]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    assert_same(compiled(*values), function(*values))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_runs_in_inference_mode_and_through_the_dispatcher(operation: str) -> None:
+    function, values = arguments()[operation]
+    expected = function(*values)
+    with torch.inference_mode():
+        assert_same(function(*values), expected)
+    assert_same(getattr(torch.ops.dtm_fast, operation)(*values), expected)
+
+
+def test_value_errors_survive_compilation() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(ops.quantize_int8, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="weight: expected finite values, got 1 NaN or infinite of 4"):
+        compiled(torch.tensor([[1.0, torch.nan, 2.0, 3.0]]))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_compiled_operation_does_not_lose_a_gradient_silently(backend: str | None) -> None:
+    torch.compiler.reset()
+    x, weight = torch.randn(4, 16, requires_grad=True), torch.randn(3, 16)
+    packed = ops.pack_mask(weight > 0)
+    compiled = torch.compile(ops.masked_linear, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="masked_linear has no backward yet"):
+        compiled(x, weight, packed, backend=backend)
