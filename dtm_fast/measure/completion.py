@@ -1,0 +1,58 @@
+"""The base model's greedy completion of a batch of prefixes, the same text its teacher-forced pass chooses."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dtm_fast.errors import MeasurementError
+from dtm_fast.measure.forward import choice, logits_before
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, tokens: Tensor, length: int) -> Tensor:
+    """``tokens`` [b, n] continued to ``length`` tokens by argmax with a key-value cache; int64 [b, length].
+
+    Ends at no end-of-text token: the metrics compare completions of one length.
+    """
+    cache, step = None, tokens
+    while tokens.shape[1] < length:
+        output = model(
+            input_ids=step.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        cache, step = output.past_key_values, choice(output.logits[:, -1:]).to(tokens.device)
+        tokens = torch.cat([tokens, step], dim=1)
+    return tokens
+
+
+def teacher_forced_greedy(model: PreTrainedModel, prefixes: Tensor, completion: int) -> tuple[Tensor, int]:
+    """The completion that the teacher-forced pass itself confirms token by token.
+
+    Decoding one token at a time multiplies matrices of other shapes than one pass over the whole text, so
+    near-ties can fall differently; then the base would diverge from its own text. So the cached decoder only
+    proposes: where the full pass over this very batch chooses another token, that token is taken and the rest
+    is decoded anew.
+
+    Args:
+        model: causal language model in eval mode.
+        prefixes: int64 [b, n].
+        completion: tokens to add.
+
+    Returns:
+        int64 [b, n + completion], and how many tokens the full pass corrected.
+
+    Raises:
+        MeasurementError: if the model's choices do not settle (its forward pass is not deterministic).
+    """
+    n = prefixes.shape[1]
+    tokens, corrected = greedy(model, prefixes, n + completion), 0
+    for _ in range(completion + 1):
+        chosen = choice(logits_before(model, tokens, n)).to(tokens.device)
+        differs = chosen != tokens[:, n:]
+        if not differs.any():
+            return tokens, corrected
+        for row in differs.any(dim=1).nonzero().flatten().tolist():
+            first = int(differs[row].nonzero()[0])
+            agreed = torch.cat([tokens[row, : n + first], chosen[row, first : first + 1]])
+            tokens[row] = greedy(model, agreed[None], n + completion)[0]
+            corrected += 1
+    raise MeasurementError("the model chooses other tokens each time it reads the same text")

@@ -1,0 +1,63 @@
+"""The self-divergence floor: how far rounding alone makes the base diverge from its own text."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dtm_fast.measure.forward import choice, lead, logits_before
+from dtm_fast.measure.probes import Probes
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The base against its own completion, under another batch shape.
+
+    Attributes:
+        divergent: positions where it chose another token at either batch size.
+        positions: positions compared, P * N.
+        margin: the largest change of a decision's margin between the two batch sizes, in logits; a divergence
+            by no more than this may be rounding.
+        batch_size: rows a pass in all measurements.
+        other_batch_size: rows a pass of the comparison.
+        corrected: completion tokens where decoding with a cache fell otherwise than the full pass.
+    """
+
+    divergent: int
+    positions: int
+    margin: float
+    batch_size: int
+    other_batch_size: int
+    corrected: int
+
+
+def self_divergence(base: PreTrainedModel, probes: Probes) -> Floor:
+    """Reads the probes at the usual batch size, and one row at a time (each row twice where that is usual)."""
+    n = probes.prefix
+    usual = min(probes.batch_size, len(probes))
+    chosen, leads = _decisions(base, probes.tokens, n, usual)
+    if usual > 1:
+        other, (other_chosen, other_leads) = 1, _decisions(base, probes.tokens, n, 1)
+    else:
+        twice = probes.tokens.repeat_interleave(2, dim=0)
+        other, (other_chosen, other_leads) = 2, (part[::2] for part in _decisions(base, twice, n, 2))
+    written = probes.tokens[:, n:]
+    return Floor(
+        divergent=int(((chosen != written) | (other_chosen != written)).sum()),
+        positions=chosen.numel(),
+        margin=float((leads - other_leads).abs().max()),
+        batch_size=usual,
+        other_batch_size=other,
+        corrected=probes.corrected,
+    )
+
+
+def _decisions(base: PreTrainedModel, tokens: Tensor, n: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The base's choices int64 [P, N] and the leads of the written tokens float32 [P, N]."""
+    chosen, leads = [], []
+    for batch in tokens.split(batch_size):
+        logits = logits_before(base, batch, n)
+        chosen.append(choice(logits).cpu())
+        leads.append(lead(logits, batch[:, n:].to(logits.device)).cpu())
+    return torch.cat(chosen), torch.cat(leads)

@@ -1,0 +1,71 @@
+"""One plain teacher-forced pass of a Hugging Face model, and what is read off its logits."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dtm_fast.errors import MeasurementError
+
+
+@torch.no_grad()
+def logits_before(model: PreTrainedModel, tokens: Tensor, first: int) -> Tensor:
+    """``model(tokens).logits[:, first - 1 : -1]``, the logits that predict ``tokens[:, first:]``.
+
+    The head is not run on the positions before those.
+
+    Args:
+        model: causal language model in eval mode.
+        tokens: int64 [b, L].
+        first: index of the first predicted token, from 1 to L - 1.
+
+    Returns:
+        [b, L - first, V] in the model's dtype.
+
+    Raises:
+        MeasurementError: if a logit is NaN or plus infinity.
+    """
+    kept = tokens.shape[1] - first + 1
+    output = model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=kept)
+    logits: Tensor = output.logits[:, -kept:-1]  # some models do not know logits_to_keep
+    # max() hands a NaN on, so the maximum is finite only if no logit is NaN or +inf.
+    if not torch.isfinite(logits.amax(dim=-1)).all():
+        raise MeasurementError("the model's logits are not finite")
+    return logits
+
+
+def choice(logits: Tensor) -> Tensor:
+    """``logits.argmax(-1)``, the lowest id where logits are equal; int64 [b, N]."""
+    return logits.argmax(dim=-1)
+
+
+def lead(logits: Tensor, reference: Tensor) -> Tensor:
+    """The reference token's logit minus the largest other logit, float32 [b, N].
+
+    Positive where the reference is the only argmax, zero where it is tied, negative where it loses. For the
+    base on its own completion this is the top-1/top-2 margin.
+
+    Args:
+        logits: [b, N, V], V at least 2.
+        reference: int64 [b, N].
+    """
+    values, ids = logits.topk(2, dim=-1)
+    other = torch.where(ids[..., 0] == reference, values[..., 1], values[..., 0])
+    wanted = logits.gather(-1, reference.unsqueeze(-1)).squeeze(-1)
+    return wanted.float() - other.float()
+
+
+def negative_log_likelihood(logits: Tensor, reference: Tensor) -> Tensor:
+    """``F.cross_entropy(logits, reference)`` per position, in nats, computed in float32; [b, N]."""
+    logits = logits.float()
+    return logits.logsumexp(dim=-1) - logits.gather(-1, reference.unsqueeze(-1)).squeeze(-1)
+
+
+def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
+    """KL(softmax(base) ‖ softmax(other)) per position, in nats, computed in float32; [b, N].
+
+    Args:
+        base: logits of the base model [b, N, V].
+        other: logits of the compressed model [b, N, V].
+    """
+    log_base = base.float().log_softmax(dim=-1)
+    return (log_base.exp() * (log_base - other.float().log_softmax(dim=-1))).sum(dim=-1)

@@ -1,0 +1,134 @@
+"""A measurement: what one configuration did to each probe, never only to their mean."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtm_fast.compression import Configuration, configuration_from_json, configuration_to_json
+from dtm_fast.errors import MeasurementError
+from dtm_fast.measure.statistics import Summary, summarize
+
+# What can be measured beyond FDT, SDT and first_margin, and what each costs on top.
+EXTRA_METRICS = {
+    "dppl": "a log-sum-exp over the completion's logits",
+    "perplexity": "the head on the prefix too",
+    "agreement": "the head on the prefix too",
+    "kl": "a pass of the base",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """FDT, SDT and what else was asked of one configuration, per probe.
+
+    Attributes:
+        configuration: component → treatment; empty for the base itself.
+        completion: N.
+        fdt: int64 [P], first divergent token, 0 … N; N where none diverges.
+        sdt: int64 [P], number of divergent tokens, 0 … N.
+        first_margin: float32 [P], at the first divergence: by how many logits the chosen token beat the
+            base's; NaN where none diverges.
+        dppl: float64 [P], exp of the mean negative log-likelihood of the base's completion.
+        perplexity: float64 [P], the same over the text's own prefix tokens 1 … n - 1.
+        agreement: float64 [P], share of those tokens where base and this model prefer the same token
+            (llama.cpp's "same top p", on the text itself).
+        kl: float64 [P], mean KL(base ‖ this) in nats over the completion.
+    """
+
+    configuration: Configuration
+    completion: int
+    fdt: Tensor
+    sdt: Tensor
+    first_margin: Tensor
+    dppl: Tensor | None = None
+    perplexity: Tensor | None = None
+    agreement: Tensor | None = None
+    kl: Tensor | None = None
+    seconds: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        configuration: Configuration,
+        mismatch: Tensor,
+        lead: Tensor,
+        seconds: float,
+        **extra: Tensor | None,
+    ) -> "Measurement":
+        """Counts ``mismatch`` bool [P, N]; ``lead`` float32 [P, N] as from ``forward.lead``.
+
+        Raises:
+            MeasurementError: if SDT/N > log2(DPPL) on a probe, which no model can do: where it diverges,
+                the base's token has at most half of the mass (papers.md §1.2).
+        """
+        n = mismatch.shape[1]
+        diverges = mismatch.any(dim=1)
+        # argmax names the first True.
+        first = mismatch.int().argmax(dim=1)
+        at_first = -lead.gather(1, first[:, None]).squeeze(1)
+        measurement = cls(
+            configuration=configuration,
+            completion=n,
+            fdt=torch.where(diverges, first, n),
+            sdt=mismatch.sum(dim=1),
+            first_margin=torch.where(diverges, at_first, torch.nan),
+            seconds=seconds,
+            **extra,
+        )
+        if measurement.dppl is not None:
+            slack = measurement.sdt / n - torch.log2(measurement.dppl)
+            if bool((slack > 1e-4).any()):
+                raise MeasurementError(
+                    f"self-test failed: SDT/N exceeds log2(DPPL) by {float(slack.max()):.4f} on a probe"
+                )
+        return measurement
+
+    def ties(self, floor_margin: float) -> Tensor:
+        """bool [P]: the first divergence was decided by no more than rounding alone can move a decision."""
+        return self.first_margin <= floor_margin
+
+    def summary(self, metric: str) -> Summary:
+        """Mean, median, 75th percentile and intervals of ``metric`` over the probes."""
+        return self._summaries[metric]
+
+    @cached_property
+    def _summaries(self) -> dict[str, Summary]:
+        names = ("fdt", "sdt", *EXTRA_METRICS)
+        return {name: summarize(value) for name in names if (value := getattr(self, name)) is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers; what a journal keeps."""
+        stored: dict[str, Any] = {
+            "configuration": configuration_to_json(self.configuration),
+            "completion": self.completion,
+            "seconds": self.seconds,
+            # JSON has no NaN.
+            "first_margin": [None if m != m else m for m in self.first_margin.tolist()],
+        }
+        for name in ("fdt", "sdt", *EXTRA_METRICS):
+            value = getattr(self, name)
+            if value is not None:
+                stored[name] = value.tolist()
+        return stored
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Measurement":
+        """The inverse of ``to_json``, to the bit."""
+        margins = [torch.nan if m is None else m for m in stored["first_margin"]]
+        return cls(
+            configuration=configuration_from_json(stored["configuration"]),
+            completion=stored["completion"],
+            fdt=torch.tensor(stored["fdt"], dtype=torch.int64),
+            sdt=torch.tensor(stored["sdt"], dtype=torch.int64),
+            first_margin=torch.tensor(margins, dtype=torch.float32),
+            seconds=stored["seconds"],
+            **{
+                name: torch.tensor(stored[name], dtype=torch.float64)
+                for name in EXTRA_METRICS
+                if name in stored
+            },
+        )

@@ -1,0 +1,122 @@
+"""A Hugging Face decoder as an ordered list of layers, each with its components."""
+
+import difflib
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dtm_fast.errors import ComponentError, ModelError
+
+
+@dataclass(frozen=True)
+class Component:
+    """One weight matrix of a decoder layer.
+
+    Attributes:
+        path: the module's path in the model, such as ``model.layers.3.self_attn.q_proj``.
+        layer: index of its decoder layer, from 0.
+        name: the path inside the layer, ``self_attn.q_proj``; the same in every layer.
+        module: the linear module that holds the weight.
+    """
+
+    path: str
+    layer: int
+    name: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module stores its weight as [K, N] (GPT-2's ``Conv1D``) instead of [N, K]."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The module's weight as it stores it."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as [N, K], output channels first; a view, never a copy."""
+        weight = self.parameter.detach()
+        return weight.t() if self.transposed else weight
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.parameter.numel()
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The layers of a causal language model in depth order, and the components in them.
+
+    Attributes:
+        model: the Hugging Face model that was looked at.
+        layers: the decoder layers, first to last.
+        components: path → component, in depth order.
+    """
+
+    model: nn.Module
+    layers: tuple[nn.Module, ...]
+    components: dict[str, Component]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Decoder":
+        """Finds the decoder's layers and components from the modules themselves.
+
+        The layers are the ``ModuleList`` that holds the most parameters; the components are the modules
+        inside it that multiply by a two-dimensional floating-point weight.
+
+        Raises:
+            ModelError: if the model has no list of layers, or its layers no weight matrix.
+        """
+        lists = [
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module)
+        ]
+        if not lists:
+            raise ModelError(f"{type(model).__name__} has no list of decoder layers")
+        path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        components = {
+            f"{path}.{index}.{name}": Component(f"{path}.{index}.{name}", index, name, module)
+            for index, layer in enumerate(layers)
+            for name, module in layer.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and torch.is_floating_point(module.weight)
+        }
+        if not components:
+            raise ModelError(f"the layers of {type(model).__name__} ({path}) hold no weight matrix")
+        fused = [name for name, parameter in layers.named_parameters() if parameter.dim() > 2]
+        if fused:
+            warnings.warn(
+                f"{type(model).__name__}: {len(fused)} weights of more than two dimensions (experts?) are no "
+                f"components, first: {path}.{fused[0]}",
+                stacklevel=3,
+            )
+        return cls(model, tuple(layers), components)
+
+    def component(self, path: str) -> Component:
+        """The component at ``path``.
+
+        Raises:
+            ComponentError: if there is none; the message lists the nearest paths.
+        """
+        try:
+            return self.components[path]
+        except (KeyError, TypeError):
+            near = difflib.get_close_matches(str(path), self.components, n=3, cutoff=0.5)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise ComponentError(f"the model has no component {path!r}{hint}") from None
+
+
+def components(model: nn.Module) -> list[str]:
+    """The module paths of all components of ``model``, in depth order.
+
+    Source: Deiseroth et al. 2023 (arXiv 2311.01544): a component is one weight matrix of a decoder block.
+    """
+    return list(Decoder.of(model).components)

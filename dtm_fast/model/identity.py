@@ -1,0 +1,44 @@
+"""What makes two models, or two tokenizers, the same for a cache or a journal."""
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+# What a configuration says that does not change what the model computes.
+_NOT_COMPUTED_WITH = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def model_identity(model: nn.Module) -> str:
+    """SHA-256 over the configuration and every parameter and buffer: name, dtype, shape and bytes.
+
+    The configuration counts because the same weights with other heads or rotary frequencies write another
+    text. 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(type(model).__name__.encode())
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig):
+        said = {k: v for k, v in config.to_diff_dict().items() if k not in _NOT_COMPUTED_WITH}
+        digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the vocabulary, each token with its id; 64 hexadecimal digits."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()

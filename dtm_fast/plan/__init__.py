@@ -1,0 +1,19 @@
+"""Searches: which components to compress, in which order, how far."""
+
+from dtm_fast.plan.ranking import RANKINGS, rank
+from dtm_fast.plan.recorded import Evaluator, RecordedEvaluator
+from dtm_fast.plan.search import Plan, Point, Stop, check_every, metrics_for, plan_in_order, sweep
+
+__all__ = [
+    "RANKINGS",
+    "Evaluator",
+    "Plan",
+    "Point",
+    "RecordedEvaluator",
+    "Stop",
+    "check_every",
+    "metrics_for",
+    "plan_in_order",
+    "rank",
+    "sweep",
+]

@@ -1,0 +1,31 @@
+"""The report of a run: a self-contained page and pictures, made from what the run directory holds."""
+
+from pathlib import Path
+
+from dtm_fast.report.content import read_content
+from dtm_fast.report.images import curve_png, heat_map_png
+from dtm_fast.report.page import page
+from dtm_fast.runs import RunDirectory
+
+__all__ = ["write_report"]
+
+
+def write_report(directory: RunDirectory) -> list[Path]:
+    """Writes ``report.html``, ``heatmap.png`` and, where joint configurations were measured, ``curve.png``.
+
+    Args:
+        directory: a run, finished or not.
+
+    Returns:
+        The paths of the files written.
+
+    Raises:
+        RunError: there is nothing to report yet, or a file of the run is not what it should be.
+    """
+    content = read_content(directory)
+    written = [directory.write_text("report.html", page(content))]
+    if content.sweeps:
+        written.append(directory.write_bytes("heatmap.png", heat_map_png(content)))
+    if content.curves:
+        written.append(directory.write_bytes("curve.png", curve_png(content)))
+    return written
