@@ -387,6 +387,7 @@ def test_names_are_shown_as_they_are(tmp_path, text_file, command):
     assert ended.errors[0].startswith(f"error: {folder}: ")
 
 
+@pytest.mark.process
 def test_a_process_of_its_own_ends_with_2_and_one_line(tmp_path):
     arguments = ["plan", str(tmp_path / "none"), "--run", str(tmp_path / "run")]
     ended = subprocess.run(

@@ -16,6 +16,8 @@ import dtm_fast as dtm
 from dtm_fast.model import model_identity
 from dtm_fast.runs import RunDirectory
 
+pytestmark = pytest.mark.process
+
 
 def command_of(run: Path, *arguments: object) -> list[str]:
     return [sys.executable, "-m", "dtm_fast", "plan", *map(str, arguments), "--run", str(run)]

@@ -68,6 +68,7 @@ def test_the_default_runs(operation: str) -> None:
         assert CALLS[operation](None) is not None
 
 
+@pytest.mark.process
 def test_unknown_and_impossible_instruction_sets() -> None:
     for isa in ("avx1024", "AVX2", "amx"):
         with (
@@ -87,6 +88,7 @@ def test_unknown_and_impossible_instruction_sets() -> None:
     )
 
 
+@pytest.mark.process
 def test_the_variable_forces_each_instruction_set(isas: tuple[str, ...]) -> None:
     code = "import json; from dtm_fast import ops; print(json.dumps(ops.backend_info()))"
     for isa in ("reference", isas[0]):
@@ -108,6 +110,7 @@ def test_backend_info_says_what_runs() -> None:
         assert all(each["reason"] for each in operation.values())
 
 
+@pytest.mark.process
 def test_without_native_modules_there_is_one_warning_and_the_twins_run() -> None:
     code = """
 import sys
