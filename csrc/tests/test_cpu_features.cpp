@@ -27,5 +27,5 @@ int main() {
   CHECK((detected >= CpuIsa::kAvx2) == avx2);
   CHECK((detected >= CpuIsa::kAvx512) == avx512);
   CHECK((detected >= CpuIsa::kAvx512Vnni) == vnni);
-  for (int isa = -1; isa <= 5; ++isa) CHECK(is_refused(isa) == (isa < 1 || isa > static_cast<int>(detected)));
+  for (int isa = -1; isa <= 6; ++isa) CHECK(is_refused(isa) == (isa < 1 || isa > static_cast<int>(detected)));
 }

@@ -17,6 +17,7 @@ ISAS = (
     "avx2",
     "avx512",
     "avx512_vnni",
+    "amx",
 )  # index = the number that _cpu uses; each contains the former
 
 # The numbers that _cpu uses for the types of activations and weights.

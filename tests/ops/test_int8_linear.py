@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -194,3 +195,14 @@ def test_any_shape(isas: tuple[str, ...], rows: int, columns: int, depth: int, s
     for each in isas:
         with native.use_cpu_isa(each):
             assert torch.equal(ops.int8_linear(x, qweight, scale, backend="cpu"), expected)
+
+
+def test_beside_torch_products_of_the_same_process(isa: str) -> None:
+    """oneDNN configures the same tile registers for its own bfloat16 and int8 products."""
+    x, w = torch.randn(64, 128), torch.randn(96, 128)
+    qweight, scale = ops.quantize_int8(w)
+    expected = ops.int8_linear(x, qweight, scale, backend="reference")
+    product = F.linear(x.bfloat16(), w.bfloat16())
+    for _ in range(5):
+        assert torch.equal(ops.int8_linear(x, qweight, scale), expected)
+        assert torch.equal(F.linear(x.bfloat16(), w.bfloat16()), product)

@@ -120,3 +120,18 @@ def test_any_finite_row(isas: tuple[str, ...], values: list[float]) -> None:
     for each in isas:
         with native.use_cpu_isa(each):
             assert same(ops.quantize_int8(weight, backend="cpu"), expected)
+
+
+def test_quotients_beside_every_half(backend: str) -> None:
+    """Where the quotient is nearest to k + 1/2, the last bit of the division decides."""
+    generator = torch.Generator().manual_seed(3)
+    absmax = torch.exp2(torch.rand(400, generator=generator) * 240 - 122)
+    scale = absmax / 127
+    halves = torch.arange(-126.5, 127.0) * scale[:, None]
+    below = torch.nextafter(halves, torch.full_like(halves, -torch.inf))
+    above = torch.nextafter(halves, torch.full_like(halves, torch.inf))
+    weight = torch.cat([absmax[:, None], halves, below, above], dim=1)
+    expected = torch.round(weight / scale[:, None]).clamp(-127, 127).to(torch.int8)
+    qweight, found = ops.quantize_int8(weight, backend=backend)
+    assert torch.equal(found, scale)
+    assert torch.equal(qweight, expected)

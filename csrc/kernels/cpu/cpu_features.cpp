@@ -4,6 +4,10 @@
 
 #include <cstdint>
 #include <stdexcept>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dtm_fast {
 namespace {
@@ -25,6 +29,16 @@ uint64_t extended_control_register_0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// Linux gives a process the 8 KiB of tile registers only when it asks (Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+#ifdef __linux__
+  constexpr long kArchReqXcompPerm = 0x1023, kXtileData = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool has(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
 
 // Intel SDM vol. 1, sections 14.3, 14.7.1 and 15.2: CPUID says what the CPU has, XCR0 what the operating
@@ -41,7 +55,12 @@ CpuIsa detect() {
       !has(leaf7.ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ)) {
     return CpuIsa::kAvx2;
   }
-  return has(leaf7.ecx, bit_AVX512VNNI) ? CpuIsa::kAvx512Vnni : CpuIsa::kAvx512;
+  if (!has(leaf7.ecx, bit_AVX512VNNI)) return CpuIsa::kAvx512;
+  constexpr uint64_t kTileState = 0x60000;  // tile configuration and tile data
+  if ((xcr0 & kTileState) != kTileState || !has(leaf7.edx, bit_AMX_TILE | bit_AMX_INT8)) {
+    return CpuIsa::kAvx512Vnni;
+  }
+  return may_use_tiles() ? CpuIsa::kAmx : CpuIsa::kAvx512Vnni;
 }
 
 }  // namespace

@@ -37,12 +37,30 @@ constexpr int64_t kInt8LinearMaxK = (int64_t{1} << 17) - 1;
 
 void int8_linear(CpuIsa isa, const Int8Linear& args, int num_threads);
 
-// acc[i, j] = sum_k qx[i, k] * qweight[j, k] for i < rows, j < cols; qx has row stride K, acc row stride
-// acc_stride.
+// A tile of sums for few tokens or plain instruction sets: acc[i, j] = sum_k qx[i, k] * qweight[j, k] for
+// i < rows, j < cols; qx has row stride K, acc row stride acc_stride.
 using Int8DotTile = void(const int8_t* qx, int64_t rows, const int8_t* qweight, int64_t qweight_stride,
                          int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride);
 Int8DotTile int8_dot_tile_avx2;
 Int8DotTile int8_dot_tile_avx512;
 Int8DotTile int8_dot_tile_avx512_vnni;
+
+// Many tokens: the weight is read as it lies, one broadcast after the other, and 16 tokens share a vector. So
+// nothing of the weight is packed, only the tokens, which were written a moment ago.
+//
+// tokens   : [ceil(M / 16), groups, 16, 4] uint8 = qx + 128, groups = int8_token_groups(K): four neighbours
+//            of K per token; what lies beyond M or K is never used.
+constexpr int64_t kInt8TokenBlock = 16;
+
+static constexpr int64_t int8_token_groups(int64_t K) { return (K + 63) / 64 * 16; }
+
+// Packs block `block` of 16 tokens.
+void int8_pack_tokens_avx512(const int8_t* qx, int64_t M, int64_t K, int64_t block, uint8_t* tokens);
+
+// y[m0 : m0 + rows, n0 : n0 + cols]; m0 is a multiple of kInt8TokenBlock.
+using Int8TokenTile = void(const Int8Linear& args, const uint8_t* tokens, int64_t m0, int64_t rows,
+                           int64_t n0, int64_t cols);
+Int8TokenTile int8_token_tile_avx512_vnni;
+Int8TokenTile int8_token_tile_amx;
 
 }  // namespace dtm_fast
