@@ -2,6 +2,7 @@
 // Matrix Multiplication" (ACM TOMS 34(3), 2008).
 #include <immintrin.h>
 
+#include "avx512_vectors.h"
 #include "gemm_tile.h"
 
 namespace dtm_fast {
@@ -9,18 +10,6 @@ namespace {
 
 constexpr int64_t kPanelCols = 32;  // two vectors of weight rows
 constexpr int kTileRows = 12;       // 24 accumulators, 2 weight vectors, 1 broadcast: 27 of 32 registers
-
-__mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1u);
-}
-
-template <FloatType type>
-__m512 load_16(const void* row, int64_t index, __mmask16 lanes) {
-  if (type == FloatType::kFloat32)
-    return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(row) + index);
-  const __m256i bits = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(row) + index);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
 
 const void* row_of(const void* matrix, FloatType type, int64_t stride, int64_t row) {
   return static_cast<const char*>(matrix) + row * stride * size_of(type);
@@ -37,32 +26,6 @@ void pack_x(const GemmTile& tile, int64_t k0, int64_t depth, float* scratch) {
   }
 }
 
-// In place: r[j] lane i = old r[i] lane j. First inside each block of 4 x 4, then between the blocks.
-void transpose_16x16(__m512 r[16]) {
-  for (int g = 0; g < 16; g += 4) {
-    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r[g], r[g + 1]));
-    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r[g], r[g + 1]));
-    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(r[g + 2], r[g + 3]));
-    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(r[g + 2], r[g + 3]));
-    r[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
-    r[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
-    r[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
-    r[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
-  }
-  __m512 out[16];
-  for (int c = 0; c < 4; ++c) {
-    const __m512 even01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88);
-    const __m512 odd01 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
-    const __m512 even23 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512 odd23 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-    out[c] = _mm512_shuffle_f32x4(even01, even23, 0x88);
-    out[4 + c] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
-    out[8 + c] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
-    out[12 + c] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) r[i] = out[i];
-}
-
 // Bits k .. k + 15 of a mask row of K bits; the row may end after the first of the two bytes.
 __mmask16 mask_bits(const uint8_t* mask_row, int64_t k, int64_t K) {
   const unsigned low = mask_row[k / 8];
@@ -77,20 +40,21 @@ template <FloatType type>
 void pack_panel(const GemmTile& tile, int64_t variant, int64_t j0, int64_t k0, int64_t depth, float* panel) {
   for (int64_t half = 0; half < kPanelCols; half += 16) {
     for (int64_t k = 0; k < depth; k += 16) {
-      __m512 r[16];
+      __m512i r[16];
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t j = j0 + half + i;
-        r[i] = _mm512_setzero_ps();
+        r[i] = _mm512_setzero_si512();
         if (j >= tile.cols) continue;
         __mmask16 lanes = first_lanes(depth - k);
         if (tile.mask != nullptr) {
           const uint8_t* row = tile.mask + variant * tile.mask_variant_stride + j * tile.mask_row_stride;
           lanes = static_cast<__mmask16>(lanes & mask_bits(row, k0 + k, tile.K));
         }
-        r[i] = load_16<type>(row_of(tile.weight, type, tile.weight_stride, j), k0 + k, lanes);
+        r[i] = _mm512_castps_si512(
+            load_16<type>(row_of(tile.weight, type, tile.weight_stride, j), k0 + k, lanes));
       }
       transpose_16x16(r);
-      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_ps(panel + (k + i) * kPanelCols + half, r[i]);
+      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(panel + (k + i) * kPanelCols + half, r[i]);
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "avx512_vectors.h"
 #include "int8_linear.h"
 
 namespace dtm_fast {
@@ -14,38 +15,6 @@ namespace {
 constexpr int64_t kVectorBytes = 64;
 constexpr int64_t kLanes = kInt8TokenBlock;
 constexpr int kCols = 16;  // weight rows that are finished together
-
-__mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1u);
-}
-
-__mmask64 first_bytes(int64_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
-
-// In place: r[j] lane i = old r[i] lane j. First inside each block of 4 x 4, then between the blocks.
-void transpose_16x16(__m512i r[16]) {
-#pragma GCC unroll 4
-  for (int g = 0; g < 16; g += 4) {
-    const __m512i low01 = _mm512_unpacklo_epi32(r[g], r[g + 1]);
-    const __m512i high01 = _mm512_unpackhi_epi32(r[g], r[g + 1]);
-    const __m512i low23 = _mm512_unpacklo_epi32(r[g + 2], r[g + 3]);
-    const __m512i high23 = _mm512_unpackhi_epi32(r[g + 2], r[g + 3]);
-    r[g] = _mm512_unpacklo_epi64(low01, low23);
-    r[g + 1] = _mm512_unpackhi_epi64(low01, low23);
-    r[g + 2] = _mm512_unpacklo_epi64(high01, high23);
-    r[g + 3] = _mm512_unpackhi_epi64(high01, high23);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
-    const __m512i odd01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-    const __m512i even23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512i odd23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-    r[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
-    r[4 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
-    r[8 + c] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
-    r[12 + c] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
-  }
-}
 
 // The four weights of group g of a row, 0 beyond K: what the tokens hold there then does not count.
 __m512i broadcast_group(const int8_t* row, int64_t g, int64_t K) {

@@ -2,21 +2,11 @@
 
 #include <cstring>
 
+#include "avx512_vectors.h"
 #include "quantize_int8.h"
 
 namespace dtm_fast {
 namespace {
-
-__mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1u);
-}
-
-template <FloatType type>
-__m512 load_16(const void* x, int64_t index, __mmask16 lanes) {
-  if (type == FloatType::kFloat32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(x) + index);
-  const __m256i bits = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(x) + index);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
 
 // float32(x / scale), with `reciprocal` = float32(1 / scale). A quotient by the rounded reciprocal is off by
 // at most two units in the last place; a correction by its exact remainder brings it within one, and a second
