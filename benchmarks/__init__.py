@@ -1,0 +1,1 @@
+"""The kernels beside what a user would call otherwise, and beside what the machine can do."""

@@ -1,0 +1,13 @@
+"""int8_linear under pytest-benchmark: pytest benchmarks --benchmark-enable --benchmark-json out.json."""
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks import int8_linear_cases
+from benchmarks.case import Case
+
+
+@pytest.mark.parametrize("case", int8_linear_cases.cases(compiled=False), ids=lambda case: case.name)
+def test_int8_linear(case: Case, run_case: Callable[[Case], None]) -> None:
+    run_case(case)

@@ -1,0 +1,13 @@
+"""masked_linear under pytest-benchmark: pytest benchmarks --benchmark-enable --benchmark-json out.json."""
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks import masked_linear_cases
+from benchmarks.case import Case
+
+
+@pytest.mark.parametrize("case", masked_linear_cases.cases(), ids=lambda case: case.name)
+def test_masked_linear(case: Case, run_case: Callable[[Case], None]) -> None:
+    run_case(case)
