@@ -1,13 +1,16 @@
 """The operations: each checks its arguments, ships its reference twin, and chooses a backend."""
 
 from dtm_fast.ops.backend_info import backend_info
+from dtm_fast.ops.certificate import Certificate
 from dtm_fast.ops.int8_linear import int8_linear
 from dtm_fast.ops.mask_bits import pack_mask, unpack_mask
 from dtm_fast.ops.masked_linear import masked_linear
 from dtm_fast.ops.quantize_int8 import quantize_int8
-from dtm_fast.ops.token_divergence import Divergence, token_divergence
+from dtm_fast.ops.token_divergence import CertifiedDivergence, Divergence, token_divergence
 
 __all__ = [
+    "Certificate",
+    "CertifiedDivergence",
     "Divergence",
     "backend_info",
     "int8_linear",

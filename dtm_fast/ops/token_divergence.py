@@ -1,14 +1,19 @@
 """Divergent tokens: where would this model have chosen another token than the reference?"""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 
 from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops.certificate import Certificate
+from dtm_fast.ops.certified_divergence import certified_mismatch
 from dtm_fast.ops.library import register
 
 _REFERENCE_ROWS = 64  # tokens whose logits the reference twin holds at a time
+
+RowsOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Divergence(NamedTuple):
@@ -24,9 +29,46 @@ class Divergence(NamedTuple):
     """float32 [B, T]: negative log-likelihood of the reference token, in nats."""
 
 
+class CertifiedDivergence(NamedTuple):
+    """Where B sequences of T tokens diverge from their references; proofs say nothing about nll."""
+
+    mismatch: torch.Tensor
+    """bool [B, T]: the greedy token is not the reference."""
+    first: torch.Tensor
+    """int64 [B]: the first divergent position, T where there is none."""
+    count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count
+    """int64 [B]: the number of divergent positions."""
+    settled: dict[str, int]
+    """How many of the B * T positions each stage settled, in order: "radius", "nearest 16", … of the
+    certificate's k, "int8 screen", "full head"."""
+
+
+@overload
 def token_divergence(
-    hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor, *, backend: str | None = None
-) -> Divergence:
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    certificate: None = None,
+    backend: str | None = None,
+) -> Divergence: ...
+@overload
+def token_divergence(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    certificate: Certificate,
+    backend: str | None = None,
+) -> CertifiedDivergence: ...
+def token_divergence(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    *,
+    certificate: Certificate | None = None,
+    backend: str | None = None,
+) -> Divergence | CertifiedDivergence:
     """Compare greedy tokens with reference tokens, without ever holding the logits of the vocabulary.
 
     Equals, with `logits = F.linear(hidden, lm_head)`,
@@ -39,19 +81,25 @@ def token_divergence(
         hidden: [B, T, D], float32 or bfloat16: what the final norm gives.
         lm_head: [V, D], in the dtype of hidden.
         reference: [B, T] int64, token ids in [0, V).
+        certificate: Certificate.build of base hidden states near these and of this lm_head: tokens are then
+            decided by proofs where possible. The answer is the same at every position and backend "cpu", which
+            sums in one fixed order; that of backend "reference" depends on the shape where logits all but tie.
         backend: None (the best), "cpu" or "reference" (which alone has a backward, for nll).
 
     Returns:
-        Divergence(mismatch, first, count, nll).
+        Divergence(mismatch, first, count, nll); with a certificate, which cannot know nll,
+        CertifiedDivergence(mismatch, first, count, settled). torch.compile does not see into the latter.
 
     Raises:
         TypeError: an argument is no dense tensor of such a dtype.
         ValueError: shapes or devices do not fit, reference holds an id outside the vocabulary;
-            backend is unknown.
+            backend is unknown; the certificate is for another lm_head or shape.
         RuntimeError: backend cannot run; autograd would need a backward and backend is not "reference".
 
     Source: Deiseroth et al. 2023, "Divergent Token Metrics" (FDT is `first`, SDT is `count`).
     """
+    if certificate is not None:
+        return _certified_eagerly(hidden, lm_head, reference, certificate, backend)
     if torch.compiler.is_compiling():
         checks.no_gradient_needed(
             "token_divergence", hidden, lm_head
@@ -119,23 +167,50 @@ def _check_token_ids(reference: torch.Tensor, vocabulary: int) -> None:
         raise ValueError(f"reference: expected token ids in [0, {vocabulary}), got ids from {low} to {high}")
 
 
-def _run(
-    hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor, backend: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _prepare(
+    hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor, backend: str | None
+) -> RowsOp:
+    """Check the arguments and say what runs."""
     _check(hidden, lm_head, reference)
     if backend != "reference":
         checks.no_gradient_needed("token_divergence", hidden, lm_head)
     chosen = backends.choose("token_divergence", backend, hidden.device)
     _check_token_ids(reference, lm_head.shape[0])
-    run = _mismatch_and_nll_cpu if chosen == "cpu" else mismatch_and_nll_reference
-    batch, length, _ = hidden.shape
-    mismatch, nll = run(
-        hidden.reshape(batch * length, hidden.shape[2]), lm_head, reference.reshape(batch * length)
-    )
-    mismatch = mismatch.reshape(batch, length)
+    return _mismatch_and_nll_cpu if chosen == "cpu" else mismatch_and_nll_reference
+
+
+def _first_and_count(mismatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # A position past the end that always counts: T where nothing diverges, and no special case for T = 0.
     divergent = F.pad(mismatch, (0, 1), value=True).to(torch.int8)
-    return mismatch, divergent.argmax(1), mismatch.sum(1), nll.reshape(batch, length)
+    return divergent.argmax(1), mismatch.sum(1)
+
+
+def _run(
+    hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    run = _prepare(hidden, lm_head, reference, backend)
+    mismatch, nll = run(hidden.flatten(0, 1), lm_head, reference.flatten())
+    mismatch = mismatch.reshape(reference.shape)
+    return mismatch, *_first_and_count(mismatch), nll.reshape(reference.shape)
+
+
+@torch.no_grad()
+def _certified(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    certificate: object,
+    backend: str | None,
+) -> CertifiedDivergence:
+    if not isinstance(certificate, Certificate):
+        raise TypeError(f"certificate: expected a Certificate or None, got {type(certificate).__name__}")
+    run = _prepare(hidden, lm_head, reference, backend)
+    certificate.check(hidden, lm_head)
+    mismatch, settled = certified_mismatch(
+        hidden.flatten(0, 1), lm_head, reference.flatten(), certificate, lambda *rows: run(*rows)[0]
+    )
+    mismatch = mismatch.reshape(reference.shape)
+    return CertifiedDivergence(mismatch, *_first_and_count(mismatch), settled)
 
 
 def _fake(
@@ -150,6 +225,9 @@ def _fake(
         reference.new_empty(reference.shape, dtype=torch.float32),
     )
 
+
+# The stages depend on the data: torch.compile leaves its graph here.
+_certified_eagerly: Callable[..., CertifiedDivergence] = torch.compiler.disable(_certified)
 
 _OPERATOR = register(
     "token_divergence(Tensor hidden, Tensor lm_head, Tensor reference, str? backend=None)"

@@ -1,0 +1,234 @@
+"""What is kept of a base model's last hidden states to prove, without the head, that a token still wins.
+
+The proof. A base hidden state h has logits z_v = w_v · h and the top token a. For h' = h + Δ
+
+    z'_a - z'_v = (z_a - z_v) + (w_a - w_v) · Δ >= (z_a - z_v) - ‖w_a - w_v‖ ‖Δ‖        (Cauchy–Schwarz)
+
+so token v cannot win while ‖Δ‖ is below its radius (z_a - z_v) / ‖w_a - w_v‖. That is the whole idea; what
+follows leaves room for rounding, so that the proof is about the logits that `token_divergence` computes.
+
+The slack, step by step. u = 2^-24, γ = n u / (1 - n u), and n = D + ⌊D/256⌋ + 8 is at least the number of
+roundings that any one product meets, in whatever order D products (and blocks of them) are summed, with or
+without fused multiply-adds. Then every computed dot product has |fl(x · y) - x · y| <= γ ‖x‖ ‖y‖ + ε, where
+ε = n 2^-126 covers what underflows, flushed to zero or not (Higham, "Accuracy and Stability of Numerical
+Algorithms", section 3.1). With s = ‖w_a‖ + ‖w_v‖ and a hat on what was computed:
+
+1. The base's own logits:         z_a - z_v        >= ẑ_a - ẑ_v - γ ‖h‖ s - 2ε.
+2. The new logits of the full op: ẑ'_a - ẑ'_v      >= z'_a - z'_v - γ ‖h'‖ s - 2ε, and ‖h'‖ <= ‖h‖ + ‖Δ‖.
+   1, 2 and Cauchy–Schwarz:       ẑ'_a - ẑ'_v      >= (ẑ_a - ẑ_v - 2γ ‖h‖ s - 4ε) - ‖Δ‖ (‖w_a - w_v‖ + γ s).
+3. In float32, a wins against v if this is > 0. In bfloat16 both are then rounded, which keeps their order, so
+   that they can at most become equal: harmless if a < v, since ties go to the lowest id. If v < a they must
+   stay apart. Numbers that round to the same y differ by at most 2 · 2^-8 |y| <= τ |ẑ'_a| + 2^-133, where
+   τ = 2^-7 (1 + 2^-6), and |ẑ'_a| <= |ẑ_a| + 2γ ‖h‖ ‖w_a‖ + (1 + γ) ‖w_a‖ ‖Δ‖ + 2ε by the same steps. The
+   last term is again linear in ‖Δ‖, so that with t = τ if the dtype is bfloat16 and v < a, and else 0
+
+       r_v = (ẑ_a - ẑ_v - 2γ ‖h‖ s - t (|ẑ_a| + 2γ ‖h‖ ‖w_a‖) - 8ε) / (‖w_a - w_v‖ + γ s + t (1 + γ) ‖w_a‖)
+
+   is a radius below which v cannot win against a in the computed, rounded logits.
+4. ‖w_a - w_v‖² is computed as ‖w_a‖² + ‖w_v‖² - 2 w_a · w_v, off by less than 2γ s² + 4ε, which is added.
+5. r_v itself takes some ten float32 operations: γ and the norms are enlarged by 2^-16, r_v is reduced by as
+   much, and so is the freedom from overflow bought: r_v is at most what keeps ‖h'‖ max ‖w‖ <= 2^120.
+
+All comparisons are written so that a NaN proves nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from dtm_fast.ops import checks
+from dtm_fast.ops.rounding import (
+    ENLARGED,
+    LARGEST_LOGIT,
+    REDUCED,
+    norm_above,
+    summation_error,
+    tie_width,
+    underflow_error,
+)
+from dtm_fast.ops.vocabulary_screen import VocabularyScreen
+
+_TILE = 4096  # tokens whose radii are held at a time
+_ROWS = 512  # positions likewise
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """The base's hidden states, and for each the tokens that are the nearest to overtaking its top token.
+
+    Hand it to `token_divergence(hidden, lm_head, reference, certificate=...)`, with the lm_head that it was
+    built for, unchanged since, and hidden states of the same shape. P = B * T below.
+    """
+
+    hidden: torch.Tensor
+    """[B, T, D], a copy of the base's hidden states."""
+    lm_head: torch.Tensor
+    """[V, D], the caller's, not a copy."""
+    k: tuple[int, ...]
+    """The numbers of nearest tokens that are tried, ascending."""
+    top: torch.Tensor
+    """int64 [P]: the token a that wins."""
+    nearest: torch.Tensor
+    """int64 [P, K]: the tokens of the smallest radii, the smallest first; K = min(max(k), V - 1)."""
+    radius: torch.Tensor
+    """float32 [P, K + 1]: their radii, and that of the next token, +inf if there is none."""
+    version: int | None
+    """The count of in-place changes of lm_head when this was built; None where torch does not count."""
+
+    @classmethod
+    def build(
+        cls, hidden: torch.Tensor, lm_head: torch.Tensor, *, k: int | Sequence[int] = (16, 128)
+    ) -> "Certificate":
+        """Prepares proofs for hidden states near these.
+
+        Takes the time of about eight full reductions, and 12 bytes per position and kept token; logits are made
+        for 512 positions and 4,096 tokens at a time.
+
+        Args:
+            hidden: [B, T, D], float32 or bfloat16: what the base's final norm gives.
+            lm_head: [V, D], V >= 1, in the dtype of hidden.
+            k: how many of the most threatening tokens to recompute, one number or several to try one after
+                the other. What max(k) cannot prove is screened in int8.
+
+        Raises:
+            TypeError: an argument is no dense tensor of such a dtype, or k holds no whole numbers.
+            ValueError: shapes or devices do not fit, or k is empty or not positive.
+
+        Source: the radius is that of certified robustness by Lipschitz margins, Tsuzuku et al. 2018
+        ("Lipschitz-Margin Training"), with the norm of each difference of two weight rows.
+        """
+        checks.tensor("hidden", hidden, (torch.float32, torch.bfloat16))
+        checks.dims("hidden", hidden, "[B, T, D]", 3)
+        checks.tensor("lm_head", lm_head, (hidden.dtype,))
+        checks.dims("lm_head", lm_head, "[V, D]", 2)
+        checks.size("lm_head", lm_head, 1, hidden.shape[2], "D of hidden")
+        checks.same_device("hidden", hidden, lm_head=lm_head)
+        if lm_head.shape[0] == 0:
+            raise ValueError("lm_head: expected at least one token (V >= 1), got shape [0, D]")
+        stages = _stages(k)
+        hidden, lm_head = hidden.detach().clone(), lm_head.detach()
+        rows = hidden.flatten(0, 1)
+        kept = min(stages[-1], lm_head.shape[0] - 1)
+        norm = torch.cat([norm_above(part) for part in lm_head.split(_TILE)])
+        found = [_nearest(part, lm_head, norm, kept) for part in rows.split(_ROWS)]
+        top, nearest, radius = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return cls(hidden, lm_head, stages, top, nearest, radius, _version(lm_head))
+
+    @cached_property
+    def screen(self) -> VocabularyScreen | None:
+        """The int8 copy of lm_head for what the nearest tokens cannot prove; made when first needed.
+
+        None where there can be none, because lm_head is not finite or D is too large for int8_linear.
+        """
+        return VocabularyScreen.build(self.lm_head)
+
+    def check(self, hidden: torch.Tensor, lm_head: torch.Tensor) -> None:
+        """Raise ValueError unless this was built for this lm_head and for hidden states of this shape."""
+        if hidden.shape != self.hidden.shape or hidden.dtype != self.hidden.dtype:
+            raise ValueError(
+                f"certificate: built for hidden {list(self.hidden.shape)} of {self.hidden.dtype}, "
+                f"got {list(hidden.shape)} of {hidden.dtype}"
+            )
+        checks.same_device("hidden", hidden, certificate=self.hidden)
+        same = lm_head.data_ptr() == self.lm_head.data_ptr() and lm_head.stride() == self.lm_head.stride()
+        if not same or lm_head.shape != self.lm_head.shape:
+            raise ValueError("certificate: built for another lm_head than the one given")
+        if self.version is not None and _version(self.lm_head) != self.version:
+            raise ValueError("certificate: lm_head was changed in place since the certificate was built")
+
+    def distance(self, hidden: torch.Tensor) -> torch.Tensor:
+        """An upper bound of ‖hidden - base‖, [P, D] -> [P] float32; NaN or inf where hidden is not finite."""
+        # Each difference is off by u at most, or by what underflows: both are within what norm_above adds.
+        return norm_above(hidden.float() - self.hidden.flatten(0, 1).float())
+
+
+def _stages(k: int | Sequence[int]) -> tuple[int, ...]:
+    given = tuple(k) if isinstance(k, Sequence) else (k,)
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in given):
+        raise TypeError(f"k: expected a whole number or several, got {k!r}")
+    if not given or min(given) < 1:
+        raise ValueError(f"k: expected at least one number, each at least 1, got {k!r}")
+    return tuple(sorted(set(given)))
+
+
+def _version(lm_head: torch.Tensor) -> int | None:
+    return None if lm_head.is_inference() else lm_head._version
+
+
+def _product_dtype() -> torch.dtype:
+    """The dtype in which torch multiplies matrices with float32's error or less.
+
+    It may be set to compute float32 products in bfloat16 or TF32, of which the bounds know nothing.
+    """
+    try:
+        full = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the settings of several backends contradict each other
+        return torch.float64
+    mkldnn = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none")
+    return torch.float32 if full and mkldnn in ("none", "ieee") else torch.float64
+
+
+def _nearest(
+    hidden: torch.Tensor, lm_head: torch.Tensor, norm: torch.Tensor, kept: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """top [P], nearest [P, kept] and radius [P, kept + 1] of hidden [P, D]; norm [V] is above ‖w_v‖."""
+    dtype = _product_dtype()
+    x = hidden.to(dtype)
+    starts = range(0, lm_head.shape[0], _TILE)
+    z_top, top = (x @ lm_head[:_TILE].to(dtype).T).max(1)
+    for start in starts[1:]:
+        z, ids = (x @ lm_head[start : start + _TILE].to(dtype).T).max(1)
+        better = z > z_top
+        z_top, top = torch.where(better, z, z_top), torch.where(better, ids + start, top)
+    w_top = lm_head[top].to(dtype)
+    norm_hidden, norm_top = norm_above(hidden)[:, None], norm[top][:, None]
+    nearest = top.new_empty((len(top), 0))
+    radius = norm.new_empty((len(top), 0))
+    for start in starts:
+        w = lm_head[start : start + _TILE].to(dtype)
+        ids = torch.arange(start, start + len(w), device=top.device)
+        found = _radii(
+            (z_top[:, None] - x @ w.T).float(),
+            _difference_norm(w_top, w, norm_top + norm[ids]),
+            z_top.float()[:, None].abs(),
+            (norm_hidden, norm_top, norm[ids]),
+            (ids < top[:, None]) * tie_width(hidden.dtype),
+            hidden.shape[1],
+        )
+        found[ids == top[:, None]] = torch.inf
+        radius = torch.cat([radius, found], 1)
+        nearest = torch.cat([nearest, ids.expand(len(top), -1)], 1)
+        radius, chosen = radius.topk(min(kept + 1, radius.shape[1]), 1, largest=False)
+        nearest = nearest.gather(1, chosen)
+    # Beyond this ‖Δ‖ a logit might overflow. The top token itself has come in as the last one, with +inf.
+    limit = (LARGEST_LOGIT / norm.max() - norm_hidden).nan_to_num(-torch.inf)
+    return top, nearest[:, :kept].contiguous(), torch.minimum(radius, limit * REDUCED)
+
+
+def _difference_norm(w_top: torch.Tensor, w: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Step 4: an upper bound of ‖w_a - w_v‖ [P, tile]; norms is s."""
+    squares_top, squares = (each.double().square().sum(1).to(w.dtype) for each in (w_top, w))
+    depth = w.shape[1]
+    computed = (squares_top[:, None] + squares - 2 * (w_top @ w.T)).float().clamp(min=0)
+    slack = 2 * summation_error(depth) * norms.square() + 4 * underflow_error(depth)
+    return (computed + slack).sqrt() * ENLARGED
+
+
+def _radii(
+    gap: torch.Tensor,
+    difference: torch.Tensor,
+    z_top: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ties: torch.Tensor,
+    depth: int,
+) -> torch.Tensor:
+    """Step 3: r_v [P, tile] from ẑ_a - ẑ_v, ‖w_a - w_v‖, |ẑ_a|, (‖h‖, ‖w_a‖, ‖w_v‖) and t."""
+    gamma = summation_error(depth)
+    norm_hidden, norm_top, norm = norms
+    base_error = 2 * gamma * norm_hidden
+    slack = base_error * (norm_top + norm) + ties * (z_top + base_error * norm_top)
+    reach = difference + gamma * (norm_top + norm) + ties * (1 + gamma) * norm_top
+    radius = (gap - slack - 8 * underflow_error(depth)) / reach * REDUCED
+    return radius.nan_to_num(-torch.inf, torch.inf, -torch.inf)

@@ -1,0 +1,85 @@
+"""The stages by which a certificate answers where tokens diverge, from the cheapest proof to the full head."""
+
+from collections.abc import Callable
+
+import torch
+
+from dtm_fast.ops.certificate import Certificate
+
+_ROWS = 256  # positions screened at a time: with a byte per token, 64 MiB for a vocabulary of 262,144
+_TILE = 4096
+# Positions with up to these shares of the vocabulary as rivals are decided together, so that one with many does
+# not burden those with few; with more than the last, the full head is as cheap.
+_RIVALS = (1 / 512, 1 / 64, 1 / 8)
+
+Mismatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""hidden [R, D], lm_head [v, D], reference [R] -> bool [R]: the full op on rows."""
+
+
+def certified_mismatch(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    certificate: Certificate,
+    mismatch_of: Mismatch,
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """`mismatch_of(hidden, lm_head, reference)`, and how many positions each stage settled.
+
+    The proofs say which tokens cannot win against the base's top token a. So the winner is a or one of the
+    others, and the full op on the rows of lm_head of just those, in the order of their ids, finds it: the same
+    bits, the same ties. One such set serves all positions of a stage, since more tokens than necessary do no
+    harm. A position goes to the first stage that can prove it.
+
+    Args:
+        hidden: [P, D].
+        lm_head: [V, D].
+        reference: int64 [P].
+        certificate: built for lm_head and P positions.
+        mismatch_of: the full op, whose result for a row must not depend on the other rows and tokens.
+    """
+    threats = (~(certificate.distance(hidden)[:, None] < certificate.radius)).sum(1)
+    mismatch = reference != certificate.top
+    settled = {"radius": int((threats == 0).sum())}
+
+    def decide(positions: torch.Tensor, tokens: torch.Tensor) -> None:
+        """The full op on the lm_head of the tokens (bool [V]) and the references."""
+        tokens[reference[positions]] = True
+        ids = tokens.nonzero()[:, 0]
+        among = torch.searchsorted(ids, reference[positions])
+        mismatch[positions] = mismatch_of(hidden[positions], lm_head[ids], among)
+
+    proved = 0
+    for k in certificate.k:
+        most = min(k, certificate.nearest.shape[1])
+        provable = ((threats > proved) & (threats <= most)).nonzero()[:, 0]
+        if len(provable):
+            wanted = torch.arange(most, device=threats.device) < threats[provable, None]
+            tokens = torch.zeros(len(lm_head), dtype=torch.bool, device=threats.device)
+            tokens[certificate.nearest[provable, :most][wanted]] = True
+            tokens[certificate.top[provable]] = True
+            decide(provable, tokens)
+        settled[f"nearest {k}"] = len(provable)
+        proved = most
+    left = (threats > proved).nonzero()[:, 0]
+    before = len(left)
+    screen = certificate.screen if before else None
+    if screen is not None:
+        covered = screen.covers(hidden[left])
+        not_settled = [left[~covered]]
+        for part in left[covered].split(_ROWS):
+            rivals = screen.rivals(hidden[part], lm_head, reference[part])
+            # Sums of float32 are vectorized in torch, those of bool and of integers are not.
+            count = torch.stack([tile.float().sum(1) for tile in rivals.split(_TILE, 1)]).sum(0)
+            below = -1.0
+            for share in _RIVALS:
+                group = (count > below) & (count <= share * len(lm_head))
+                if group.any():
+                    decide(part[group], rivals[group].view(torch.uint8).amax(0).bool())
+                below = share * len(lm_head)
+            not_settled.append(part[count > below])
+        left = torch.cat(not_settled)
+    settled["int8 screen"] = before - len(left)
+    if len(left):
+        mismatch[left] = mismatch_of(hidden[left], lm_head, reference[left])
+    settled["full head"] = len(left)
+    return mismatch, settled

@@ -1,0 +1,33 @@
+"""Bounds of rounding errors, whatever the order in which products are summed. Derived in certificate.py."""
+
+import torch
+
+_UNIT = 2.0**-24
+_LEAST = 2.0**-126
+ENLARGED = 1 + 2.0**-16
+"""What a bound is multiplied by for the few float32 operations that compute it."""
+REDUCED = 1 - 2.0**-16
+LARGEST_LOGIT = 2.0**120
+"""While ‖h‖ ‖w_v‖ is below this, no partial sum overflows, and the bounds hold."""
+
+
+def summation_error(depth: int) -> float:
+    """γ for a dot product of `depth` terms, enlarged; infinite where there are too many to say anything."""
+    relative = (depth + depth // 256 + 8) * _UNIT
+    return relative / (1 - relative) * ENLARGED if relative < 0.5 else float("inf")
+
+
+def underflow_error(depth: int) -> float:
+    """ε for a dot product of `depth` terms."""
+    return (depth + depth // 256 + 8) * _LEAST
+
+
+def tie_width(dtype: torch.dtype) -> float:
+    """τ: logits that are further apart than this times the larger one do not round to the same `dtype`."""
+    return 2.0**-7 * (1 + 2.0**-6) if dtype == torch.bfloat16 else 0.0
+
+
+def norm_above(rows: torch.Tensor) -> torch.Tensor:
+    """An upper bound of the Euclidean norm of each row [..., D] -> [...] float32."""
+    norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    return norm.float() * ENLARGED + (rows.shape[-1] + 1) * _LEAST  # the latter where it underflows
