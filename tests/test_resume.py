@@ -36,10 +36,17 @@ def finished(run: Path) -> list[tuple]:
         connection.close()
 
 
+def hear_interrupts() -> None:
+    """A shell starts its background jobs deaf to SIGINT, and their children would be so too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(command: list[str], run: Path, rows: int, delay: float, by: signal.Signals) -> tuple[int, str]:
     """Ends the command by a signal ``delay`` seconds after the journal has got ``rows`` more rows."""
     enough = len(finished(run)) + rows
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    ) as process:
         while len(finished(run)) < enough:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
@@ -161,7 +168,12 @@ def test_ctrl_c_before_the_run_begins_ends_with_130_too(tmp_path):
         "cli.main()"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        preexec_fn=hear_interrupts,
     )
     assert ended.returncode == 130, ended.stderr
     assert "Traceback" not in ended.stderr
