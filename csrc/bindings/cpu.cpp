@@ -47,13 +47,12 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "int8_linear",
-      [](int isa, int num_threads, Address qx, Address scale_x, Address qweight, int64_t qweight_stride,
-         Address scale_w, Address bias, int64_t M, int64_t N, int64_t K, Address y, int y_type) {
-        int8_linear(
-            CpuIsa(isa),
-            {pointer<int8_t>(qx), pointer<float>(scale_x), pointer<int8_t>(qweight), qweight_stride,
-             pointer<float>(scale_w), pointer<float>(bias), M, N, K, pointer<void>(y), FloatType(y_type)},
-            num_threads);
+      [](int isa, int num_threads, int type, Address x, int64_t x_stride, Address qweight,
+         int64_t qweight_stride, Address scale_w, Address bias, int64_t M, int64_t N, int64_t K, Address y) {
+        int8_linear(CpuIsa(isa),
+                    {FloatType(type), pointer<void>(x), x_stride, pointer<int8_t>(qweight), qweight_stride,
+                     pointer<float>(scale_w), pointer<float>(bias), M, N, K, pointer<void>(y)},
+                    num_threads);
       },
       ReleaseGil());
 

@@ -1,4 +1,6 @@
+#include <cmath>
 #include <stdexcept>
+#include <vector>
 
 #include "../kernels/cpu/int8_linear.h"
 #include "../kernels/cpu/store_float.h"
@@ -16,24 +18,36 @@ int8_t value(Random& random, Values values, int64_t low) {
   return static_cast<int8_t>(random.bits() % 2 == 0 ? low : 127);
 }
 
+// Tokens that quantize without error: integers times a power of two, 127 among them.
 void test_shape(CpuIsa isa, int64_t M, int64_t N, int64_t K, Values values, FloatType type, bool with_bias) {
   Random random(static_cast<uint64_t>(M * 100000 + N * 1000 + K));
-  const int64_t stride = K + 5;
-  GuardedBuffer<int8_t> qx(M * K);
+  const int64_t stride = K + 5, x_stride = K + 3;
+  std::vector<int8_t> qx(static_cast<std::size_t>(M * K));
+  std::vector<float> scale_x(static_cast<std::size_t>(M));
+  GuardedBuffer<float> x_wide(M == 0 ? 0 : (M - 1) * x_stride + K);
+  GuardedBuffer<uint16_t> x_narrow(M == 0 ? 0 : (M - 1) * x_stride + K);
   GuardedBuffer<int8_t> qweight(N == 0 ? 0 : (N - 1) * stride + K);
-  GuardedBuffer<float> scale_x(M), scale_w(N), bias(N), wide(M * N);
+  GuardedBuffer<float> scale_w(N), bias(N), wide(M * N);
   GuardedBuffer<uint16_t> narrow(M * N);
-  for (int64_t i = 0; i < M * K; ++i) qx[i] = value(random, values, -127);
+  for (int64_t m = 0; m < M; ++m) {
+    scale_x[m] = K == 0 ? 0.0f : std::ldexp(1.0f, static_cast<int>(random.integer(-20, 20)));
+    for (int64_t k = 0; k < K; ++k) {
+      qx[m * K + k] = k == 0 ? int8_t{127} : value(random, values, -127);
+      x_wide[m * x_stride + k] = qx[m * K + k] * scale_x[m];
+      x_narrow[m * x_stride + k] = bfloat16_bits(qx[m * K + k] * scale_x[m]);
+    }
+  }
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t k = 0; k < K; ++k) qweight[n * stride + k] = value(random, values, -128);
     scale_w[n] = random.uniform();
     bias[n] = random.uniform() * 100.0f;
   }
-  for (int64_t m = 0; m < M; ++m) scale_x[m] = random.uniform();
-  void* y = type == FloatType::kFloat32 ? static_cast<void*>(wide.data()) : narrow.data();
+  const bool is_wide = type == FloatType::kFloat32;
+  const void* x = is_wide ? static_cast<const void*>(x_wide.data()) : x_narrow.data();
+  void* y = is_wide ? static_cast<void*>(wide.data()) : narrow.data();
   int8_linear(isa,
-              {qx.data(), scale_x.data(), qweight.data(), stride, scale_w.data(),
-               with_bias ? bias.data() : nullptr, M, N, K, y, type},
+              {type, x, x_stride, qweight.data(), stride, scale_w.data(), with_bias ? bias.data() : nullptr,
+               M, N, K, y},
               2);
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t n = 0; n < N; ++n) {
@@ -41,7 +55,7 @@ void test_shape(CpuIsa isa, int64_t M, int64_t N, int64_t K, Values values, Floa
       for (int64_t k = 0; k < K; ++k) acc += int64_t{qx[m * K + k]} * qweight[n * stride + k];
       float expected = static_cast<float>(acc) * (scale_x[m] * scale_w[n]);
       if (with_bias) expected = expected + bias[n];
-      if (type == FloatType::kFloat32) {
+      if (is_wide) {
         CHECK(wide[m * N + n] == expected);
       } else {
         CHECK(narrow[m * N + n] == bfloat16_bits(expected));
@@ -52,8 +66,7 @@ void test_shape(CpuIsa isa, int64_t M, int64_t N, int64_t K, Values values, Floa
 
 bool refuses_depth(CpuIsa isa, int64_t K) {
   try {
-    int8_linear(isa, {nullptr, nullptr, nullptr, K, nullptr, nullptr, 0, 0, K, nullptr, FloatType::kFloat32},
-                1);
+    int8_linear(isa, {FloatType::kFloat32, nullptr, K, nullptr, K, nullptr, nullptr, 0, 0, K, nullptr}, 1);
   } catch (const std::invalid_argument&) {
     return true;
   }
@@ -65,13 +78,17 @@ bool refuses_depth(CpuIsa isa, int64_t K) {
 int main() {
   for_each_isa([](CpuIsa isa) {
     for (int64_t K : {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 123, 200}) {
-      for (int64_t M : {0, 1, 3, 4, 6, 257}) {
+      for (int64_t M : {0, 1, 3, 4, 6, 17, 33, 257}) {
         for (int64_t N : {0, 1, 3, 4, 5, 63, 66}) {
           test_shape(isa, M, N, K, Values::kRandom, FloatType::kFloat32, true);
           test_shape(isa, M, N, K, Values::kExtremes, FloatType::kBfloat16, false);
         }
       }
     }
+    // Several blocks of K and several tiles of tokens.
+    test_shape(isa, 70, 70, 2500, Values::kExtremes, FloatType::kFloat32, true);
+    test_shape(isa, 600, 37, 700, Values::kRandom, FloatType::kBfloat16, true);
+    test_shape(isa, 9, 5, kInt8LinearMaxK, Values::kExtremes, FloatType::kFloat32, false);
     test_shape(isa, 5, 5, kInt8LinearMaxK, Values::kExtremes, FloatType::kFloat32, false);
     CHECK(!refuses_depth(isa, kInt8LinearMaxK));
     CHECK(refuses_depth(isa, kInt8LinearMaxK + 1));

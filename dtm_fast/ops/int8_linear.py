@@ -6,7 +6,7 @@ import torch
 
 from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.library import register
-from dtm_fast.ops.quantize_int8 import quantize_rows, quantize_rows_reference
+from dtm_fast.ops.quantize_int8 import quantize_rows_reference
 
 # |q_x * q_w| <= 128 * 128 = 2^14, so a sum over fewer than 2^17 products stays below 2^31.
 MAX_K = 2**17 - 1
@@ -65,7 +65,7 @@ def _int8_linear_cpu(
     x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     cpu, isa, threads = native.cpu_call()
-    qx, scale_x = quantize_rows(x, "cpu")
+    rows = native.as_rows(x)
     qweight = native.as_rows(qweight)
     scale = scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -74,17 +74,17 @@ def _int8_linear_cpu(
     cpu.int8_linear(
         isa,
         threads,
-        qx.data_ptr(),
-        scale_x.data_ptr(),
+        native.FLOAT_TYPES[x.dtype],
+        rows.data_ptr(),
+        rows.stride(0),
         qweight.data_ptr(),
         qweight.stride(0),
         scale.data_ptr(),
         native.address(bias),
-        scale_x.numel(),
+        rows.shape[0],
         columns,
         depth,
         y.data_ptr(),
-        native.FLOAT_TYPES[x.dtype],
     )
     return y
 

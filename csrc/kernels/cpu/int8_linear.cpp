@@ -4,16 +4,20 @@
 #include <stdexcept>
 
 #include "parallel_for.h"
+#include "quantize_int8.h"
 #include "scratch_buffer.h"
 #include "store_float.h"
 
 namespace dtm_fast {
 namespace {
 
-// A tile's int32 sums (60 KiB) and, for K around a thousand, its operands stay in the second-level cache. 240
-// rows are five times the 48 tokens that the token tile keeps in registers.
-constexpr int64_t kTileRows = 240;
 constexpr int64_t kTileCols = 64;
+// Few tokens: the longer a thread reads on in the weights, the better memory is used.
+constexpr int64_t kDotTileCols = 256;
+// Rows of a tile of dot products: few, for its int32 sums (60 to 240 KiB) to stay in the second-level cache.
+constexpr int64_t kDotTileRows = 240;
+// The packed tokens of a tile stay in the second-level cache while the weights pass by.
+constexpr int64_t kTokenTileBytes = int64_t{1} << 20;
 // Fewer tokens would leave most of a vector of 16 idle.
 constexpr int64_t kPackTokensFrom = 8;
 
@@ -22,50 +26,82 @@ Int8DotTile* choose(CpuIsa isa) {
   return isa == CpuIsa::kAvx512 ? int8_dot_tile_avx512 : int8_dot_tile_avx2;
 }
 
-void store_row(const Int8Linear& args, int64_t m, int64_t n0, int64_t cols, const int32_t* acc) {
-  float row[kTileCols];
+const void* token(const Int8Linear& args, int64_t m) {
+  return static_cast<const char*>(args.x) + m * args.x_stride * size_of(args.type);
+}
+
+void store_row(const Int8Linear& args, float scale_x, int64_t m, int64_t n0, int64_t cols,
+               const int32_t* acc) {
+  float row[kDotTileCols];
   for (int64_t j = 0; j < cols; ++j) {
-    row[j] = static_cast<float>(acc[j]) * (args.scale_x[m] * args.scale_w[n0 + j]);
+    row[j] = static_cast<float>(acc[j]) * (scale_x * args.scale_w[n0 + j]);
   }
   if (args.bias != nullptr) {
     for (int64_t j = 0; j < cols; ++j) row[j] += args.bias[n0 + j];
   }
-  store_floats(args.y, args.y_type, m * args.N + n0, row, cols);
+  store_floats(args.y, args.type, m * args.N + n0, row, cols);
 }
 
 // Calls run(m0, rows, n0, cols, thread) for every tile of y.
 template <typename Run>
-void for_each_tile(const Int8Linear& args, int num_threads, const Run& run) {
-  const int64_t row_tiles = (args.M + kTileRows - 1) / kTileRows;
-  const int64_t col_tiles = (args.N + kTileCols - 1) / kTileCols;
+void for_each_tile(const Int8Linear& args, int64_t tile_rows, int64_t tile_cols, int num_threads,
+                   const Run& run) {
+  const int64_t row_tiles = (args.M + tile_rows - 1) / tile_rows;
+  const int64_t col_tiles = (args.N + tile_cols - 1) / tile_cols;
   parallel_for(row_tiles * col_tiles, num_threads, [&](int64_t task, int thread) {
     // Row tiles of one column tile follow each other, so that its weights are read from memory once.
-    const int64_t m0 = task % row_tiles * kTileRows;
-    const int64_t n0 = task / row_tiles * kTileCols;
-    run(m0, std::min(kTileRows, args.M - m0), n0, std::min(kTileCols, args.N - n0), thread);
+    const int64_t m0 = task % row_tiles * tile_rows;
+    const int64_t n0 = task / row_tiles * tile_cols;
+    run(m0, std::min(tile_rows, args.M - m0), n0, std::min(tile_cols, args.N - n0), thread);
   });
 }
 
-void by_dot_products(Int8DotTile* dot_tile, const Int8Linear& args, int num_threads) {
-  ScratchBuffer<int32_t> scratch(std::max(1, num_threads), kTileRows * kTileCols);
-  for_each_tile(args, num_threads, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, int thread) {
-    int32_t* acc = scratch.part(thread);
-    dot_tile(args.qx + m0 * args.K, rows, args.qweight + n0 * args.qweight_stride, args.qweight_stride, cols,
-             args.K, acc, kTileCols);
-    for (int64_t i = 0; i < rows; ++i) store_row(args, m0 + i, n0, cols, acc + i * kTileCols);
-  });
+void by_dot_products(CpuIsa isa, const Int8Linear& args, int num_threads) {
+  Int8DotTile* const dot_tile = choose(isa);
+  ScratchBuffer<int8_t> qx(1, args.M * args.K);
+  ScratchBuffer<float> scale_x(1, args.M);
+  quantize_int8(isa, {args.x, args.type, args.x_stride, args.M, args.K, qx.part(0), scale_x.part(0)},
+                num_threads);
+  const int64_t tile_rows = std::min(kDotTileRows, args.M);
+  const int64_t share = args.N / (4 * std::max(1, num_threads));
+  const int64_t tile_cols = std::clamp(share / kTileCols * kTileCols, kTileCols, kDotTileCols);
+  ScratchBuffer<int32_t> scratch(std::max(1, num_threads), tile_rows * tile_cols);
+  for_each_tile(args, kDotTileRows, tile_cols, num_threads,
+                [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, int thread) {
+                  int32_t* acc = scratch.part(thread);
+                  dot_tile(qx.part(0) + m0 * args.K, rows, args.qweight + n0 * args.qweight_stride,
+                           args.qweight_stride, cols, args.K, acc, tile_cols);
+                  for (int64_t i = 0; i < rows; ++i) {
+                    store_row(args, scale_x.part(0)[m0 + i], m0 + i, n0, cols, acc + i * tile_cols);
+                  }
+                });
 }
 
-void by_packed_tokens(Int8TokenTile* token_tile, const Int8Linear& args, int num_threads) {
+void by_packed_tokens(CpuIsa isa, const Int8Linear& args, int num_threads) {
+  const bool amx = isa == CpuIsa::kAmx;
   const int64_t blocks = (args.M + kInt8TokenBlock - 1) / kInt8TokenBlock;
   const int64_t block_size = kInt8TokenBlock * 4 * int8_token_groups(args.K);
-  ScratchBuffer<uint8_t> tokens(1, blocks * block_size);
-  parallel_for(blocks, num_threads, [&](int64_t block, int) {
-    int8_pack_tokens_avx512(args.qx, args.M, args.K, block, tokens.part(0) + block * block_size);
+  ScratchBuffer<uint8_t> packed(1, blocks * block_size);
+  ScratchBuffer<float> scale_x(1, args.M);
+  const Int8Tokens tokens = {packed.part(0), scale_x.part(0)};
+  ScratchBuffer<int8_t> quantized(threads_used(blocks, num_threads), kInt8TokenBlock * args.K);
+  parallel_for(blocks, num_threads, [&](int64_t block, int thread) {
+    const int64_t m0 = block * kInt8TokenBlock;
+    const int64_t count = std::min(kInt8TokenBlock, args.M - m0);
+    int8_t* qx = quantized.part(thread);
+    for (int64_t i = 0; i < count; ++i) {
+      tokens.scale[m0 + i] =
+          quantize_int8_row_avx512(token(args, m0 + i), args.type, args.K, qx + i * args.K);
+    }
+    int8_pack_tokens_avx512(qx, count, args.K, !amx, tokens.packed + block * block_size);
   });
-  for_each_tile(args, num_threads, [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, int) {
-    token_tile(args, tokens.part(0), m0, rows, n0, cols);
-  });
+  Int8TokenTile* const token_tile = amx ? int8_token_tile_amx : int8_token_tile_avx512_vnni;
+  const int64_t fitting_rows = kTokenTileBytes / std::max(int64_t{1}, block_size) * kInt8TokenBlock;
+  const int64_t tile_rows = std::clamp(fitting_rows / 32 * 32, int64_t{32}, kInt8TokenTileRows);
+  for_each_tile(args, tile_rows, kTileCols, num_threads,
+                [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, int) {
+                  token_tile(args, tokens, m0, rows, n0, cols);
+                });
 }
 
 }  // namespace
@@ -74,10 +110,9 @@ void int8_linear(CpuIsa isa, const Int8Linear& args, int num_threads) {
   require_cpu_isa(isa);
   if (args.K > kInt8LinearMaxK) throw std::invalid_argument("int8_linear: K is too large for int32 sums");
   if (isa >= CpuIsa::kAvx512Vnni && args.M >= kPackTokensFrom) {
-    by_packed_tokens(isa == CpuIsa::kAmx ? int8_token_tile_amx : int8_token_tile_avx512_vnni, args,
-                     num_threads);
+    by_packed_tokens(isa, args, num_threads);
   } else {
-    by_dot_products(choose(isa), args, num_threads);
+    by_dot_products(isa, args, num_threads);
   }
 }
 

@@ -8,29 +8,29 @@
 
 namespace dtm_fast {
 
-// qx       : [M, K] int8 in [-127, 127], row stride K
-// scale_x  : [M] float32
+// x        : [M, K] of type, row stride x_stride
 // qweight  : [N, K] int8 in [-128, 127], row stride qweight_stride
 // scale_w  : [N] float32
 // bias     : [N] float32, or nullptr
-// y        : [M, N] of y_type, row stride N
+// y        : [M, N] of type, row stride N
 //
+//   qx, scale_x = quantize_int8(x)                                                    (see quantize_int8.h)
 //   acc[m, n] = sum_k qx[m, k] * qweight[n, k]                                        (int32, exact)
-//   y[m, n]   = y_type(float32(acc[m, n]) * (scale_x[m] * scale_w[n]) + bias[n])      (each step rounded)
+//   y[m, n]   = type(float32(acc[m, n]) * (scale_x[m] * scale_w[n]) + bias[n])        (each step rounded)
 //
 // K <= kInt8LinearMaxK. Since |qx * qweight| <= 2^14, every sum over so many stays below 2^31. A kernel may
 // pass through larger sums (VNNI adds 128 to qx and takes 128 * sum_k qweight[n, k] away again): int32
 // additions wrap modulo 2^32, so the final value is right whenever it fits.
 struct Int8Linear {
-  const int8_t* qx;
-  const float* scale_x;
+  FloatType type;
+  const void* x;
+  int64_t x_stride;
   const int8_t* qweight;
   int64_t qweight_stride;
   const float* scale_w;
   const float* bias;
   int64_t M, N, K;
   void* y;
-  FloatType y_type;
 };
 
 constexpr int64_t kInt8LinearMaxK = (int64_t{1} << 17) - 1;
@@ -45,22 +45,30 @@ Int8DotTile int8_dot_tile_avx2;
 Int8DotTile int8_dot_tile_avx512;
 Int8DotTile int8_dot_tile_avx512_vnni;
 
-// Many tokens: the weight is read as it lies, one broadcast after the other, and 16 tokens share a vector. So
-// nothing of the weight is packed, only the tokens, which were written a moment ago.
+// Many tokens: the weight is read as it lies, and 16 tokens share a vector or a tile. So nothing of the
+// weight is packed beforehand, only the tokens, while they are quantized.
 //
-// tokens   : [ceil(M / 16), groups, 16, 4] uint8 = qx + 128, groups = int8_token_groups(K): four neighbours
-//            of K per token; what lies beyond M or K is never used.
+// packed   : [ceil(M / 16), groups, 16, 4] bytes, groups = int8_token_groups(K): four neighbours of K per
+//            token; qx + 128 unsigned for VNNI, qx for AMX; what lies beyond M or K is never used, or is 0.
+// scale    : [M] float32
+struct Int8Tokens {
+  uint8_t* packed;
+  float* scale;
+};
+
 constexpr int64_t kInt8TokenBlock = 16;
 
 static constexpr int64_t int8_token_groups(int64_t K) { return (K + 63) / 64 * 16; }
 
-// Packs block `block` of 16 tokens.
-void int8_pack_tokens_avx512(const int8_t* qx, int64_t M, int64_t K, int64_t block, uint8_t* tokens);
+// Packs a block of `count` <= 16 tokens, [count, K].
+void int8_pack_tokens_avx512(const int8_t* qx, int64_t count, int64_t K, bool offset, uint8_t* packed);
 
-// y[m0 : m0 + rows, n0 : n0 + cols]; m0 is a multiple of kInt8TokenBlock.
-using Int8TokenTile = void(const Int8Linear& args, const uint8_t* tokens, int64_t m0, int64_t rows,
+// y[m0 : m0 + rows, n0 : n0 + cols]; m0 is a multiple of kInt8TokenBlock, rows <= kInt8TokenTileRows.
+using Int8TokenTile = void(const Int8Linear& args, const Int8Tokens& tokens, int64_t m0, int64_t rows,
                            int64_t n0, int64_t cols);
 Int8TokenTile int8_token_tile_avx512_vnni;
 Int8TokenTile int8_token_tile_amx;
+
+constexpr int64_t kInt8TokenTileRows = 512;
 
 }  // namespace dtm_fast

@@ -1,135 +1,133 @@
-// int8_linear for many tokens on AMX tiles: TDPBSUD multiplies 16 weight rows by 16 packed tokens, 64 of K at
-// a time (Intel 64 and IA-32 Architectures Optimization Reference Manual, "Intel Advanced Matrix
-// Extensions"). The weight is a tile as it lies in memory, signed; the packed tokens are one as they are,
-// unsigned.
+// int8_linear for many tokens on AMX: TDPBSSD multiplies a tile of 16 weight rows by a tile of 16 packed
+// tokens, 64 of K at a time. 32 weight rows are copied, a block of K at a time, to a panel in the first-level
+// cache: read where they lie, the 16 rows of a tile would often share one of its sets.
+#include "amx_tiles.h"
 #include "int8_token_tile.h"
 
 namespace dtm_fast {
 namespace {
 
-constexpr int64_t kTile = 16;  // rows of a tile, each of 64 bytes
-constexpr int64_t kBlock = 2 * kTile;
-constexpr int64_t kAccStride = kBlock;
+constexpr int64_t kBlock = 2 * kTileRows;  // weight rows, and tokens, that are multiplied at a time
+constexpr int64_t kStep = kTileRowBytes;   // of K in a tile
+constexpr int64_t kBlockSteps = 9;
+constexpr int64_t kPanelStep = 2 * kTileBytes;
+constexpr int64_t kSumsBlock = kBlock * kBlock;
 
-// Palette 1: tiles 0-3 hold sums, 4 and 5 weights, 6 and 7 tokens, all of 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// 16 weight rows: the whole multiples of 64 of K where they lie, the rest copied and filled up with zeros, so
-// that no tile reads beyond a row.
-struct WeightRows {
-  const int8_t* rows = nullptr;
-  int64_t stride = 0;
-  alignas(64) int8_t rest[kTile * kVectorBytes];
-
-  void set(const int8_t* first_row, int64_t row_stride, int64_t K) {
-    rows = first_row;
-    stride = row_stride;
-    const int64_t whole = K / kVectorBytes * kVectorBytes;
-    if (whole == K) return;
-    for (int64_t i = 0; i < kTile; ++i) {
-      const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(K - whole), rows + i * stride + whole);
-      _mm512_store_si512(rest + i * kVectorBytes, bytes);
+// panel [steps, 32, 64] = qweight[:count, k0 : k0 + 64 * steps], zero beyond count and K
+void pack_panel(const int8_t* qweight, int64_t stride, int64_t count, int64_t k0, int64_t K, int64_t steps,
+                int8_t* panel) {
+  for (int64_t j = 0; j < kBlock; ++j) {
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t k = k0 + s * kStep;
+      const __mmask64 bytes = j < count ? first_bytes(K - k) : 0;
+      const __m512i row = _mm512_maskz_loadu_epi8(bytes, qweight + j * stride + k);
+      _mm512_store_si512(panel + s * kPanelStep + j * kStep, row);
     }
   }
-};
-
-// acc[j, i] for kWeights * 16 weight rows j and kTokens * 16 tokens i; acc has row stride kAccStride.
-template <int kWeights, int kTokens>
-void multiply_tiles(const WeightRows* weights, const uint8_t* tokens, int64_t block_size, int64_t K,
-                    int32_t* acc) {
-  _tile_zero(0);
-  if (kTokens == 2) _tile_zero(1);
-  if (kWeights == 2) _tile_zero(2);
-  if (kWeights == 2 && kTokens == 2) _tile_zero(3);
-  for (int64_t k = 0; k < K; k += kVectorBytes) {
-    const bool whole = k + kVectorBytes <= K;
-    const int8_t* w0 = whole ? weights[0].rows + k : weights[0].rest;
-    _tile_loadd(4, w0, whole ? weights[0].stride : kVectorBytes);
-    _tile_loadd(6, tokens + k * kLanes, kVectorBytes);
-    _tile_dpbsud(0, 4, 6);
-    if (kTokens == 2) {
-      _tile_loadd(7, tokens + block_size + k * kLanes, kVectorBytes);
-      _tile_dpbsud(1, 4, 7);
-    }
-    if (kWeights == 2) {
-      const int8_t* w1 = whole ? weights[1].rows + k : weights[1].rest;
-      _tile_loadd(5, w1, whole ? weights[1].stride : kVectorBytes);
-      _tile_dpbsud(2, 5, 6);
-      if (kTokens == 2) _tile_dpbsud(3, 5, 7);
-    }
-  }
-  constexpr int64_t kRowBytes = kAccStride * 4;
-  _tile_stored(0, acc, kRowBytes);
-  if (kTokens == 2) _tile_stored(1, acc + kTile, kRowBytes);
-  if (kWeights == 2) _tile_stored(2, acc + kTile * kAccStride, kRowBytes);
-  if (kWeights == 2 && kTokens == 2) _tile_stored(3, acc + kTile * kAccStride + kTile, kRowBytes);
 }
 
-// The sums of j_count <= 32 weight rows and one or two blocks of tokens.
-void multiply_block(const WeightRows* weights, const uint8_t* tokens, int64_t block_size, int64_t blocks,
-                    int64_t j_count, int64_t K, int32_t* acc) {
-  if (j_count == kBlock) {
-    blocks == 2 ? multiply_tiles<2, 2>(weights, tokens, block_size, K, acc)
-                : multiply_tiles<2, 1>(weights, tokens, block_size, K, acc);
-    return;
+// The weights of the next panel, that are to be in the second-level cache when it is packed.
+struct Next {
+  const int8_t* rows;
+  int64_t stride;
+  int64_t count;
+
+  void prefetch(int64_t step) const {
+    for (int64_t j = 0; j < count; ++j) {
+      _mm_prefetch(reinterpret_cast<const char*>(rows + j * stride + step * kStep), _MM_HINT_T1);
+    }
   }
-  int64_t j = 0;
-  if (j_count >= kTile) {
-    blocks == 2 ? multiply_tiles<1, 2>(weights, tokens, block_size, K, acc)
-                : multiply_tiles<1, 1>(weights, tokens, block_size, K, acc);
-    j = kTile;
-  }
-  if (j == j_count) return;
-  const int8_t* qweight = weights[j / kTile].rows;
-  if (blocks == 2) {
-    multiply_columns<2>(tokens, block_size, qweight, weights[j / kTile].stride, j_count - j, K,
-                        acc + j * kAccStride, kAccStride);
+};
+
+// sums [2, 2, 16, 16] (+)= panel @ tokens over the steps: the halves of the panel, then of the tokens.
+template <int kWeightTiles, int kTokenTiles>
+void multiply_tiles(const int8_t* panel, const uint8_t* tokens, int64_t block_size, int64_t steps, bool first,
+                    const Next& next, int32_t* sums) {
+  constexpr int64_t kTile = kTileRows * kTileRows;
+  if (first) {
+    _tile_zero(0);
+    if (kTokenTiles == 2) _tile_zero(1);
+    if (kWeightTiles == 2) _tile_zero(2);
+    if (kWeightTiles == 2 && kTokenTiles == 2) _tile_zero(3);
   } else {
-    multiply_columns<1>(tokens, block_size, qweight, weights[j / kTile].stride, j_count - j, K,
-                        acc + j * kAccStride, kAccStride);
+    _tile_loadd(0, sums, kTileRowBytes);
+    if (kTokenTiles == 2) _tile_loadd(1, sums + kTile, kTileRowBytes);
+    if (kWeightTiles == 2) _tile_loadd(2, sums + 2 * kTile, kTileRowBytes);
+    if (kWeightTiles == 2 && kTokenTiles == 2) _tile_loadd(3, sums + 3 * kTile, kTileRowBytes);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    next.prefetch(s);
+    _tile_loadd(4, panel + s * kPanelStep, kTileRowBytes);
+    _tile_loadd(6, tokens + s * kTileBytes, kTileRowBytes);
+    _tile_dpbssd(0, 4, 6);
+    if (kTokenTiles == 2) {
+      _tile_loadd(7, tokens + block_size + s * kTileBytes, kTileRowBytes);
+      _tile_dpbssd(1, 4, 7);
+    }
+    if (kWeightTiles == 2) {
+      _tile_loadd(5, panel + s * kPanelStep + kTileBytes, kTileRowBytes);
+      _tile_dpbssd(2, 5, 6);
+      if (kTokenTiles == 2) _tile_dpbssd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, kTileRowBytes);
+  if (kTokenTiles == 2) _tile_stored(1, sums + kTile, kTileRowBytes);
+  if (kWeightTiles == 2) _tile_stored(2, sums + 2 * kTile, kTileRowBytes);
+  if (kWeightTiles == 2 && kTokenTiles == 2) _tile_stored(3, sums + 3 * kTile, kTileRowBytes);
+}
+
+// One column block of 32 weight rows for all rows of the tile.
+template <FloatType type>
+void multiply_columns(const Int8Linear& args, const Int8Tokens& tokens, int64_t m0, int64_t rows, int64_t n0,
+                      int64_t cols, int8_t* panel, int32_t* sums) {
+  const int64_t block_size = int8_token_groups(args.K) * kVectorBytes;
+  const int64_t all_steps = block_size / kTileBytes;
+  const int8_t* qweight = args.qweight + n0 * args.qweight_stride;
+  for (int64_t s0 = 0; s0 < all_steps || s0 == 0; s0 += kBlockSteps) {
+    const int64_t steps = smaller(kBlockSteps, all_steps - s0);
+    pack_panel(qweight, args.qweight_stride, cols, s0 * kStep, args.K, steps, panel);
+    finish_stores();
+    const bool last = s0 + steps == all_steps;
+    // Where K ends, the next 32 weight rows follow.
+    const int8_t* next_rows = last ? qweight + kBlock * args.qweight_stride : qweight + (s0 + steps) * kStep;
+    const int64_t next_count = last ? smaller(kBlock, args.N - n0 - kBlock) : cols;
+    const int64_t share = (kBlock * kBlock + rows - 1) / rows;
+    for (int64_t i = 0; i < rows; i += kBlock) {
+      const uint8_t* block = tokens.packed + (m0 + i) / kLanes * block_size + s0 * kTileBytes;
+      int32_t* block_sums = sums + i / kBlock * kSumsBlock;
+      const bool two_tokens = rows - i > kLanes, two_weights = cols > kTileRows;
+      const auto multiply = two_weights ? (two_tokens ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
+                                        : (two_tokens ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
+      const int64_t first_row = i / kBlock * share;
+      const Next next = {next_rows + first_row * args.qweight_stride, args.qweight_stride,
+                         smaller(share, next_count - first_row)};
+      multiply(panel, block, block_size, steps, s0 == 0, next, block_sums);
+      if (!last) continue;
+      for (int64_t t = i; t < rows && t < i + kBlock; t += kLanes) {
+        for (int64_t j = 0; j < cols; j += kCols) {
+          const int32_t* tile = block_sums + (2 * (j / kTileRows) + (t - i) / kLanes) * kTileRows * kTileRows;
+          store_block<type>(args, tokens.scale + m0 + t, m0 + t, smaller(kLanes, rows - t), n0 + j,
+                            smaller(kCols, cols - j), tile, kTileRows, nullptr);
+        }
+      }
+    }
   }
 }
 
 }  // namespace
 
-void int8_token_tile_amx(const Int8Linear& args, const uint8_t* tokens, int64_t m0, int64_t rows, int64_t n0,
-                         int64_t cols) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  const int64_t block_size = int8_token_groups(args.K) * kVectorBytes;
-  alignas(64) int32_t acc[kBlock * kAccStride];
-  int32_t offset[kBlock];
-  WeightRows weights[2];
-  for (int64_t j0 = 0; j0 < cols; j0 += kBlock) {
-    const int64_t j_count = cols - j0 < kBlock ? cols - j0 : kBlock;
-    const int8_t* qweight = args.qweight + (n0 + j0) * args.qweight_stride;
-    for (int64_t j = 0; j < j_count; ++j) offset[j] = offset_part(qweight + j * args.qweight_stride, args.K);
-    for (int64_t j = 0; j < j_count; j += kTile) {
-      WeightRows& part = weights[j / kTile];
-      // Fewer than 16 rows are no tile: they are multiplied where they lie.
-      const int64_t copied = j_count - j < kTile ? 0 : args.K;
-      part.set(qweight + j * args.qweight_stride, args.qweight_stride, copied);
-    }
-    for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
-      const int64_t blocks = rows - i0 > kTile ? 2 : 1;
-      multiply_block(weights, tokens + (m0 + i0) / kLanes * block_size, block_size, blocks, j_count, args.K,
-                     acc);
-      for (int64_t i = i0; i < rows && i < i0 + kBlock; i += kLanes) {
-        const int64_t m_count = rows - i < kLanes ? rows - i : kLanes;
-        for (int64_t j = 0; j < j_count; j += kCols) {
-          store_block(args, m0 + i, m_count, n0 + j0 + j, j_count - j < kCols ? j_count - j : kCols,
-                      acc + j * kAccStride + (i - i0), kAccStride, offset + j);
-        }
-      }
-    }
+void int8_token_tile_amx(const Int8Linear& args, const Int8Tokens& tokens, int64_t m0, int64_t rows,
+                         int64_t n0, int64_t cols) {
+  alignas(64) int8_t panel[kBlockSteps * kPanelStep];
+  alignas(64) int32_t sums[kInt8TokenTileRows / kBlock * kSumsBlock];
+  const WholeTiles tiles;
+  for (int64_t j = 0; j < cols; j += kBlock) {
+    const auto multiply = args.type == FloatType::kFloat32 ? multiply_columns<FloatType::kFloat32>
+                                                           : multiply_columns<FloatType::kBfloat16>;
+    multiply(args, tokens, m0, rows, n0 + j, smaller(kBlock, cols - j), panel, sums);
   }
-  _tile_release();
 }
 
 }  // namespace dtm_fast
