@@ -1,6 +1,6 @@
 """What compressing each part of a language model does to the text it writes, and the compression planned."""
 
-from dtm_fast import ops
+from dtm_fast import nn, ops
 from dtm_fast.compression import W8A8, Int8, Prune, Treatment, parse_treatment
 from dtm_fast.measure import Measurement, Probes, ReferenceEvaluator, read_documents
 from dtm_fast.model import components, load_model
@@ -19,6 +19,7 @@ __all__ = [
     "backend_info",
     "components",
     "load_model",
+    "nn",
     "ops",
     "parse_treatment",
     "read_documents",

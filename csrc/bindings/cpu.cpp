@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../kernels/cpu/apply_mask.h"
 #include "../kernels/cpu/cpu_features.h"
 #include "../kernels/cpu/int8_linear.h"
 #include "../kernels/cpu/mask_bits.h"
@@ -73,6 +74,17 @@ PYBIND11_MODULE(_cpu, module) {
         unpack_mask(CpuIsa(isa),
                     {pointer<uint8_t>(packed), packed_stride, N, K, pointer<uint8_t>(mask), mask_stride},
                     num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "apply_mask",
+      [](int isa, int num_threads, int type, Address weight, int64_t weight_stride, Address mask,
+         int64_t mask_stride, int64_t N, int64_t K, Address y) {
+        apply_mask(CpuIsa(isa),
+                   {FloatType(type), pointer<void>(weight), weight_stride, pointer<uint8_t>(mask),
+                    mask_stride, N, K, pointer<void>(y)},
+                   num_threads);
       },
       ReleaseGil());
 

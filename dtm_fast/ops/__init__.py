@@ -1,5 +1,6 @@
 """The operations: each checks its arguments, ships its reference twin, and chooses a backend."""
 
+from dtm_fast.ops.apply_mask import apply_mask
 from dtm_fast.ops.backend_info import backend_info
 from dtm_fast.ops.certificate import Certificate
 from dtm_fast.ops.int8_linear import int8_linear
@@ -12,6 +13,7 @@ __all__ = [
     "Certificate",
     "CertifiedDivergence",
     "Divergence",
+    "apply_mask",
     "backend_info",
     "int8_linear",
     "masked_linear",

@@ -8,7 +8,15 @@ import torch
 from dtm_fast.ops import native
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-OPERATIONS = ("quantize_int8", "int8_linear", "pack_mask", "unpack_mask", "masked_linear", "token_divergence")
+OPERATIONS = (
+    "quantize_int8",
+    "int8_linear",
+    "pack_mask",
+    "unpack_mask",
+    "apply_mask",
+    "masked_linear",
+    "token_divergence",
+)
 CUDA_OPERATIONS = ("unpack_mask",)
 
 

@@ -62,7 +62,14 @@ def padding_bits_zero(name: str, packed: torch.Tensor, columns: int) -> None:
         )
 
 
+def gradient_needed(*tensors: object) -> bool:
+    """Whether autograd will need a backward of an operation on these arguments, checked or not."""
+    return torch.is_grad_enabled() and any(
+        isinstance(each, torch.Tensor) and each.requires_grad for each in tensors
+    )
+
+
 def no_gradient_needed(operation: str, *tensors: torch.Tensor | None) -> None:
     """Raise RuntimeError if autograd would need a backward of this operation."""
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+    if gradient_needed(*tensors):
         raise RuntimeError(f"{operation} has no backward yet; call it under torch.no_grad()")

@@ -1,5 +1,6 @@
 """Linear layer with a bitmask over its weight; several masks of one weight in one pass."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.library import register
 from dtm_fast.ops.mask_bits import check_packed, unpack_mask_reference
+from dtm_fast.ops.masked_linear_backward import backward, setup_context
 
 
 def masked_linear(
@@ -24,13 +26,14 @@ def masked_linear(
     A weight that is masked out does not count, even if it is NaN; NaN and infinity in x spread as in the
     dense product. Sums are in float32, and their order depends on neither the batch, the threads nor the
     instruction set (the reference twin sums as torch does).
+    Differentiable in x, weight and bias; masked_linear_backward.py says what its backward costs.
 
     Args:
         x: [..., K], float32 or bfloat16.
         weight: [N, K], in the dtype of x.
         mask: [N, ceil(K / 8)] or [V, N, ceil(K / 8)] uint8, as pack_mask makes it.
         bias: [N], in the dtype of x, or None.
-        backend: None (the best), "cpu" or "reference" (which alone has a backward).
+        backend: None (the best), "cpu" or "reference".
 
     Returns:
         [..., N], or [V, ..., N] for V masks, in the dtype of x.
@@ -38,13 +41,15 @@ def masked_linear(
     Raises:
         TypeError: an argument is no dense tensor of such a dtype.
         ValueError: shapes or devices do not fit, mask has bits set beyond K; backend is unknown.
-        RuntimeError: backend cannot run; autograd would need a backward and backend is not "reference".
+        RuntimeError: backend cannot run.
 
     Source: panels packed for the cache as in Goto & van de Geijn 2008, the mask applied while packing.
     """
     if torch.compiler.is_compiling():
-        checks.no_gradient_needed("masked_linear", x, weight, bias)  # the operator has none for any backend
         return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend))
+    # The backward of the reference twin is what torch derives from it.
+    if backend != "reference" and checks.gradient_needed(x, weight, bias):
+        return _differentiable(x, weight, mask, bias, backend)
     return _run(x, weight, mask, bias, backend)
 
 
@@ -116,8 +121,6 @@ def _run(
     backend: str | None = None,
 ) -> torch.Tensor:
     _check(x, weight, mask, bias)
-    if backend != "reference":
-        checks.no_gradient_needed("masked_linear", x, weight, bias)
     chosen = backends.choose("masked_linear", backend, x.device)
     checks.padding_bits_zero("mask", mask, weight.shape[1])
     run = _masked_linear_cpu if chosen == "cpu" else masked_linear_reference
@@ -135,8 +138,20 @@ def _fake(
     return x.new_empty((*mask.shape[:-2], *x.shape[:-1], weight.shape[0]))
 
 
+class _Differentiable(torch.autograd.Function):
+    """Eager autograd. The operator's own backward would do, but torch.func.grad cannot use that."""
+
+    forward = staticmethod(_run)
+    setup_context = staticmethod(setup_context)
+    backward = staticmethod(backward)
+
+
+_differentiable: Callable[..., torch.Tensor] = _Differentiable.apply
+
 _OPERATOR = register(
     "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None, str? backend=None) -> Tensor",
     _run,
     _fake,
+    setup_context=setup_context,
+    backward=backward,
 )

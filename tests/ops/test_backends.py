@@ -22,6 +22,7 @@ CALLS: dict[str, Callable[[str | None], object]] = {
     ),
     "pack_mask": lambda backend: ops.pack_mask(X > 3, backend=backend),
     "unpack_mask": lambda backend: ops.unpack_mask(PACKED, 4, backend=backend),
+    "apply_mask": lambda backend: ops.apply_mask(X, PACKED, backend=backend),
     "masked_linear": lambda backend: ops.masked_linear(X, X, PACKED, backend=backend),
     "token_divergence": lambda backend: ops.token_divergence(
         X[None], X, torch.ones(1, 3, dtype=torch.int64), backend=backend

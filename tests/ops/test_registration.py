@@ -20,6 +20,7 @@ def arguments() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "int8_linear": (ops.int8_linear, (x.bfloat16(), qweight, scale, torch.randn(11))),
         "pack_mask": (ops.pack_mask, (kept,)),
         "unpack_mask": (ops.unpack_mask, (packed, 37)),
+        "apply_mask": (ops.apply_mask, (weight, packed[0])),
         "masked_linear": (ops.masked_linear, (x, weight, packed, torch.randn(11))),
         "token_divergence": (ops.token_divergence, (x, weight, reference)),
     }
@@ -67,8 +68,8 @@ def test_value_errors_survive_compilation() -> None:
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_a_compiled_operation_does_not_lose_a_gradient_silently(backend: str | None) -> None:
     torch.compiler.reset()
-    x, weight = torch.randn(4, 16, requires_grad=True), torch.randn(3, 16)
-    packed = ops.pack_mask(weight > 0)
-    compiled = torch.compile(ops.masked_linear, fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="masked_linear has no backward yet"):
-        compiled(x, weight, packed, backend=backend)
+    hidden, lm_head = torch.randn(2, 4, 16, requires_grad=True), torch.randn(3, 16)
+    reference = torch.zeros(2, 4, dtype=torch.int64)
+    compiled = torch.compile(ops.token_divergence, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="token_divergence has no backward yet"):
+        compiled(hidden, lm_head, reference, backend=backend)
