@@ -1,8 +1,9 @@
 # make demo     everything from nothing: environment, native build, model, the main job, runs/demo/report.html
-# make test     all tests: C++ under ASan + UBSan, Python once per ISA of this machine
+# make test     all tests: C++ under ASan + UBSan and TSan, Python once per ISA of this machine
 # make check    ruff, mypy, clang-format
 # make format   lets them mend what they can
 # make bench    the benchmarks beside their peers: docs/performance.md (BENCH="--quick" for a first look)
+# make gate     is any kernel slower than in another revision? (BASE=main HEAD=.)
 # make build    only the environment and the native build
 
 PYTHON ?= python3
@@ -13,8 +14,9 @@ PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip --disable-pip-version-check -q 
 NATIVE := setup.py CMakeLists.txt $(shell find csrc/kernels csrc/bindings -type f)
 CPP := $(shell find csrc -type f)
 SANITIZED := build/sanitized
+TSAN := build/tsan
 
-.PHONY: build demo bench bench-limits test test-cpp test-python browser check format clean
+.PHONY: build demo bench bench-limits gate test test-cpp test-tsan test-python browser check format clean
 
 build: .venv/installed
 
@@ -44,13 +46,28 @@ bench-limits: .venv/dependencies
 bench: build bench-limits
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-test: test-cpp test-python
+# Both revisions are built and timed here, about 80 seconds; HEAD=. is the working tree as it is.
+BASE ?= HEAD
+HEAD ?= .
+gate: .venv/dependencies
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gate $(BASE) $(HEAD) $(GATE)
+
+test: test-cpp test-tsan test-python
 
 test-cpp: .venv/dependencies
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DDTM_FAST_TESTS=ON -DDTM_FAST_CUDA=OFF \
 		-DDTM_FAST_WERROR=ON -DDTM_FAST_SANITIZE=address,undefined >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED) --parallel $(MAX_JOBS)
 	ctest --test-dir $(SANITIZED) --output-on-failure
+
+# The kernels on plain threads instead of OpenMP's, which ThreadSanitizer cannot follow (see parallel_for.h). Masked
+# AVX-512 loads and stores and the tiles of AMX are no memory accesses to GCC's sanitizers: a race of theirs is only
+# noticed where the tests find a wrong result.
+test-tsan: .venv/dependencies
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(TSAN) -G Ninja -DDTM_FAST_TESTS=ON -DDTM_FAST_CUDA=OFF \
+		-DDTM_FAST_WERROR=ON -DDTM_FAST_SANITIZE=thread >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(TSAN) --parallel $(MAX_JOBS)
+	ctest --test-dir $(TSAN) --output-on-failure
 
 # The whole suite as the machine is; then once per lower ISA what can tell them apart.
 test-python: build browser bench-limits

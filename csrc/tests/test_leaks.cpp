@@ -1,0 +1,135 @@
+// Every kernel at least 10,000 times, on every instruction set in turn: under ASan, which tells how much is
+// allocated, not a byte may be left over; LeakSanitizer looks again at the end for what is no longer referred
+// to.
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+
+#include "../kernels/cpu/apply_mask.h"
+#include "../kernels/cpu/int8_linear.h"
+#include "../kernels/cpu/mask_bits.h"
+#include "../kernels/cpu/masked_linear.h"
+#include "../kernels/cpu/quantize_int8.h"
+#include "../kernels/cpu/token_divergence.h"
+#include "check.h"
+
+// Of <sanitizer/allocator_interface.h>, which GCC does not ship.
+extern "C" size_t __sanitizer_get_current_allocated_bytes();
+
+using namespace dtm_fast;
+using namespace dtm_fast::test;
+
+namespace {
+
+constexpr int64_t kLeastCalls = 10000;
+
+struct Shape {
+  int64_t M, N, K;
+};
+// One row and several; one tile and several; with and without tails; nothing at all.
+constexpr Shape kShapes[] = {{1, 5, 17}, {9, 70, 33}, {17, 64, 64}, {3, 300, 8},
+                             {0, 3, 9},  {2, 0, 9},   {33, 1, 0}};
+constexpr int64_t kMaxM = 33, kMaxN = 300, kMaxK = 64, kVariants = 2;
+
+// Arguments large enough for every shape, of both float types: any bits will do for bfloat16, but no NaN.
+struct Arguments {
+  Arguments()
+      : wide(static_cast<size_t>(kMaxN * kMaxK)),
+        narrow(wide.size()),
+        bytes(static_cast<size_t>(kVariants * kMaxN * kMaxK)),
+        weights(bytes.size()),
+        results(static_cast<size_t>(kMaxN * kMaxK)),
+        scales(static_cast<size_t>(kMaxN), 0.5f),
+        tokens(static_cast<size_t>(kMaxM), 0),
+        mismatch(static_cast<size_t>(kMaxM)),
+        quantized(static_cast<size_t>(kMaxN * kMaxK)),
+        unpacked(quantized.size()) {
+    Random random(1);
+    for (float& each : wide) each = random.uniform();
+    for (uint16_t& each : narrow) each = static_cast<uint16_t>(random.integer(0x3e00, 0x3fff));
+    for (uint8_t& each : bytes) each = static_cast<uint8_t>(random.bits());
+    for (int8_t& each : weights) each = static_cast<int8_t>(random.integer(-127, 127));
+  }
+  const void* floats(FloatType type) const {
+    return type == FloatType::kFloat32 ? static_cast<const void*>(wide.data()) : narrow.data();
+  }
+
+  std::vector<float> wide;
+  std::vector<uint16_t> narrow;
+  std::vector<uint8_t> bytes;
+  std::vector<int8_t> weights;
+  std::vector<float> results, scales;
+  std::vector<int64_t> tokens;
+  std::vector<uint8_t> mismatch;
+  std::vector<int8_t> quantized;
+  std::vector<uint8_t> unpacked;
+};
+
+// Calls call(isa, shape, type, threads), every combination in turn, again and again. The OpenMP runtime keeps
+// what the last team of threads needed, so that the memory is looked at where the same combination came last.
+template <typename Call>
+void check(const char* name, const Call& call) {
+  const auto every_combination = [&call] {
+    int64_t calls = 0;
+    for_each_isa([&](CpuIsa isa) {
+      for (const Shape& shape : kShapes) {
+        for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
+          for (int threads : {1, 2}) {
+            call(isa, shape, type, threads);
+            ++calls;
+          }
+        }
+      }
+    });
+    return calls;
+  };
+  int64_t calls = every_combination();
+  if (calls == 0) return;  // a machine without any of the instruction sets
+  const size_t before = __sanitizer_get_current_allocated_bytes();
+  while (calls < kLeastCalls) calls += every_combination();
+  const size_t after = __sanitizer_get_current_allocated_bytes();
+  if (after != before) {
+    std::fprintf(stderr, "%s: %zu bytes allocated before, %zu after %lld calls\n", name, before, after,
+                 static_cast<long long>(calls));
+    std::exit(1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  Arguments a;
+  check("quantize_int8", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    quantize_int8(isa, {a.floats(type), type, s.K, s.N, s.K, a.quantized.data(), a.results.data()}, threads);
+  });
+  check("int8_linear", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    int8_linear(isa,
+                {type, a.floats(type), s.K, a.weights.data(), s.K, a.scales.data(), a.scales.data(), s.M, s.N,
+                 s.K, a.results.data()},
+                threads);
+  });
+  check("pack_mask", [&](CpuIsa isa, Shape s, FloatType, int threads) {
+    pack_mask(isa, {a.bytes.data(), s.K, s.N, s.K, a.unpacked.data(), (s.K + 7) / 8}, threads);
+  });
+  check("unpack_mask", [&](CpuIsa isa, Shape s, FloatType, int threads) {
+    unpack_mask(isa, {a.bytes.data(), (s.K + 7) / 8, s.N, s.K, a.unpacked.data(), s.K}, threads);
+  });
+  check("apply_mask", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    apply_mask(isa, {type, a.floats(type), s.K, a.bytes.data(), (s.K + 7) / 8, s.N, s.K, a.results.data()},
+               threads);
+  });
+  check("masked_linear", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    const int64_t row_bytes = (s.K + 7) / 8;
+    masked_linear(isa,
+                  {type, a.floats(type), s.K, a.floats(type), s.K, a.bytes.data(), row_bytes, s.N * row_bytes,
+                   a.scales.data(), kVariants, s.M, s.N, s.K, a.results.data()},
+                  threads);
+  });
+  check("token_divergence", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    if (s.N == 0) return;  // a vocabulary has a token
+    token_divergence(isa,
+                     {type, a.floats(type), s.K, a.floats(type), s.K, a.tokens.data(), s.M, s.N, s.K,
+                      a.mismatch.data(), a.results.data()},
+                     threads);
+  });
+}
