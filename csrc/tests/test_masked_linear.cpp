@@ -1,6 +1,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../kernels/cpu/bfloat16_tiles.h"
 #include "../kernels/cpu/gemm_tile.h"
 #include "../kernels/cpu/masked_linear.h"
 #include "../kernels/cpu/store_float.h"
@@ -35,9 +36,28 @@ struct Matrix {
   void* data;
 };
 
+float without_denormal(float x) { return std::fabs(x) < 0x1p-126f ? 0.0f : x; }
+
+// The order of bfloat16_tiles.h in scalar code.
+float dot_on_tiles(const MaskedLinear& args, const uint8_t* mask, int64_t m, int64_t n) {
+  float total = 0.0f;
+  for (int64_t k0 = 0; k0 < args.K; k0 += kBfloat16Step) {
+    float sums[2] = {0.0f, 0.0f};
+    for (int64_t k = k0; k < args.K && k < k0 + kBfloat16Step; ++k) {
+      const bool kept = mask[k / 8] >> (k % 8) & 1;
+      const float weight = kept ? load(args.weight, args.type, n * args.weight_stride + k) : 0.0f;
+      const float x = load(args.x, args.type, m * args.x_stride + k);
+      sums[k % 2] = without_denormal(std::fmaf(without_denormal(x), without_denormal(weight), sums[k % 2]));
+    }
+    total = without_denormal(total + without_denormal(sums[0] + sums[1]));
+  }
+  return total;
+}
+
 // The documented order of the sum, in scalar code: the kernels must give its bits.
-float dot(const MaskedLinear& args, int64_t v, int64_t m, int64_t n) {
+float dot(CpuIsa isa, const MaskedLinear& args, int64_t v, int64_t m, int64_t n) {
   const uint8_t* mask = args.mask + v * args.mask_variant_stride + n * args.mask_row_stride;
+  if (isa == CpuIsa::kAmx && args.type == FloatType::kBfloat16) return dot_on_tiles(args, mask, m, n);
   float total = 0.0f;
   for (int64_t k0 = 0; k0 < args.K; k0 += kGemmBlockK) {
     float block = 0.0f;
@@ -51,7 +71,7 @@ float dot(const MaskedLinear& args, int64_t v, int64_t m, int64_t n) {
   return total;
 }
 
-void test_shape(CpuIsa isa, FloatType type, Shape shape, bool with_bias) {
+void test_shape(CpuIsa isa, FloatType type, Shape shape, bool with_bias, float scale = 1.0f) {
   const auto [V, M, N, K] = shape;
   Random random(static_cast<uint64_t>(((V * 1000 + M) * 1000 + N) * 1000 + K));
   const int64_t x_stride = K + 1, weight_stride = K + 2, row_bytes = (K + 7) / 8;
@@ -62,7 +82,7 @@ void test_shape(CpuIsa isa, FloatType type, Shape shape, bool with_bias) {
   GuardedBuffer<float> bias(N);
   for (int64_t i = 0; i < V * N * row_bytes; ++i) mask[i] = static_cast<uint8_t>(random.bits());
   for (int64_t m = 0; m < M; ++m) {
-    for (int64_t k = 0; k < K; ++k) store_float(x.data, type, m * x_stride + k, random.uniform());
+    for (int64_t k = 0; k < K; ++k) store_float(x.data, type, m * x_stride + k, random.uniform() * scale);
   }
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t k = 0; k < K; ++k) {
@@ -91,7 +111,7 @@ void test_shape(CpuIsa isa, FloatType type, Shape shape, bool with_bias) {
   for (int64_t v = 0; v < V; ++v) {
     for (int64_t m = 0; m < M; ++m) {
       for (int64_t n = 0; n < N; ++n) {
-        const float expected = dot(args, v, m, n) + (with_bias ? bias[n] : 0.0f);
+        const float expected = dot(isa, args, v, m, n) + (with_bias ? bias[n] : 0.0f);
         const int64_t index = (v * M + m) * N + n;
         if (type == FloatType::kFloat32) {
           CHECK(y.wide[index] == expected);
@@ -117,6 +137,10 @@ int main() {
         }
       }
       test_shape(isa, type, {0, 3, 4, 5}, true);
+      test_shape(isa, type, {1, 40, 33, 601}, true);  // several blocks of K, more than one group of rows
+      test_shape(isa, type, {9, 33, 70, 1000}, false);
+      test_shape(isa, type, {1, 600, 40, 350}, true);
+      test_shape(isa, type, {1, 20, 40, 90}, false, 0x1p-126f);  // denormal x
       test_shape(isa, type, {11, 13, 35, 40}, true);
       test_shape(isa, type, {1, 245, 66, 40}, false);
     }

@@ -63,16 +63,23 @@ void test_shape(CpuIsa isa, FloatType type, int64_t T, int64_t V, int64_t D) {
 }
 
 // One token whose logits are the given numbers, through D = 1 and hidden = 1.
-void test_logits(CpuIsa isa, const std::vector<float>& logits, int64_t argmax, float expected_nll) {
-  const float one = 1.0f;
+void test_logits(CpuIsa isa, FloatType type, const std::vector<float>& logits, int64_t argmax,
+                 float expected_nll) {
+  const int64_t count = static_cast<int64_t>(logits.size());
+  std::vector<float> head(logits.size());
+  float hidden;
+  store_float(&hidden, type, 0, 1.0f);
+  for (int64_t i = 0; i < count; ++i) store_float(head.data(), type, i, logits[static_cast<size_t>(i)]);
   uint8_t mismatch = 2;
   float nll = 0.0f;
-  token_divergence(isa,
-                   {FloatType::kFloat32, &one, 1, logits.data(), 1, &argmax, 1,
-                    static_cast<int64_t>(logits.size()), 1, &mismatch, &nll},
-                   1);
+  token_divergence(isa, {type, &hidden, 1, head.data(), 1, &argmax, 1, count, 1, &mismatch, &nll}, 1);
   CHECK(mismatch == 0);
   CHECK(std::isnan(expected_nll) ? std::isnan(nll) : std::fabs(nll - expected_nll) < 1e-6f);
+  for (int64_t other : {argmax - 1, argmax + 1, count - 1}) {
+    if (other < 0 || other >= count || other == argmax) continue;
+    token_divergence(isa, {type, &hidden, 1, head.data(), 1, &other, 1, count, 1, &mismatch, &nll}, 1);
+    CHECK(mismatch == 1);
+  }
 }
 
 }  // namespace
@@ -87,16 +94,24 @@ int main() {
       }
       test_shape(isa, type, 245, 40, 9);
       test_shape(isa, type, 1000, 300, 5);
+      test_shape(isa, type, 530, 1100, 33);
+      test_shape(isa, type, 20, 1300, 700);
+      test_shape(isa, type, 2070, 40, 3);
     }
-    test_logits(isa, {1.0f, 1.0f}, 0, std::log(2.0f));
-    test_logits(isa, {1.0f, kNan, kInfinity, kNan}, 1, kNan);
-    test_logits(isa, {-kInfinity, -kInfinity}, 0, kNan);
-    test_logits(isa, {-kInfinity, 3.0f, -1e30f}, 1, 0.0f);
-    test_logits(isa, {3.0f, kInfinity, kInfinity}, 1, kNan);
-    std::vector<float> many(700, -kInfinity);
-    many[600] = many[650] = 5.0f;
-    test_logits(isa, many, 600, std::log(2.0f));
-    many[300] = many[690] = kNan;
-    test_logits(isa, many, 300, kNan);
+    for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
+      test_logits(isa, type, {1.0f, 1.0f}, 0, std::log(2.0f));
+      test_logits(isa, type, {1.0f, kNan, kInfinity, kNan}, 1, kNan);
+      test_logits(isa, type, {-kInfinity, -kInfinity}, 0, kNan);
+      test_logits(isa, type, {-kInfinity, 3.0f, -1e30f}, 1, 0.0f);
+      test_logits(isa, type, {3.0f, kInfinity, kInfinity}, 1, kNan);
+      test_logits(isa, type, {-3e38f, 3e38f, -kInfinity, 3e38f}, 1, 0.0f);  // 3e38 + log 2 - 3e38
+      std::vector<float> many(2700, -kInfinity);
+      many[600] = many[650] = 5.0f;
+      test_logits(isa, type, many, 600, std::log(2.0f));
+      many[2600] = 6.0f;
+      test_logits(isa, type, many, 2600, std::log(1.0f + 2.0f * std::exp(-1.0f)));
+      many[300] = many[690] = kNan;
+      test_logits(isa, type, many, 300, kNan);
+    }
   });
 }

@@ -24,8 +24,9 @@ def masked_linear(
 
     Equals `F.linear(x, torch.where(unpack_mask(mask, K), weight, 0), bias)`, for V masks stacked V times.
     A weight that is masked out does not count, even if it is NaN; NaN and infinity in x spread as in the
-    dense product. Sums are in float32, and their order depends on neither the batch, the threads nor the
-    instruction set (the reference twin sums as torch does).
+    dense product. Sums are in float32, and their order depends on neither the batch nor the threads. It is the
+    same for all instruction sets, but for bfloat16 on AMX, which has its own and takes denormal numbers as zero
+    (the reference twin sums as torch does).
     Differentiable in x, weight and bias; masked_linear_backward.py says what its backward costs.
 
     Args:

@@ -4,6 +4,7 @@ import torch
 
 _UNIT = 2.0**-24
 _LEAST = 2.0**-126
+_DENORMALS = 2.0**-100  # per element of a norm, for the denormals that are taken as zero
 ENLARGED = 1 + 2.0**-16
 """What a bound is multiplied by for the few float32 operations that compute it."""
 REDUCED = 1 - 2.0**-16
@@ -30,4 +31,4 @@ def tie_width(dtype: torch.dtype) -> float:
 def norm_above(rows: torch.Tensor) -> torch.Tensor:
     """An upper bound of the Euclidean norm of each row [..., D] -> [...] float32."""
     norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return norm.float() * ENLARGED + (rows.shape[-1] + 1) * _LEAST  # the latter where it underflows
+    return norm.float() * ENLARGED + (rows.shape[-1] + 1) * _DENORMALS

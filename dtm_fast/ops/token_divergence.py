@@ -75,7 +75,9 @@ def token_divergence(
     `mismatch = logits.argmax(-1) != reference` and
     `nll = logits.float().logsumexp(-1) - logits.float().gather(-1, reference[..., None])[..., 0]`.
     Logits are summed in float32 and rounded to the dtype of hidden, as a model that stores them would see
-    them. Ties go to the lowest token id, a NaN is larger than every number, and nll is NaN where a logit is.
+    them. On the CPU the order of a sum depends on neither the batch nor the threads; it is the same for all
+    instruction sets, but for bfloat16 on AMX, which has its own and takes denormal numbers as zero. Ties go to
+    the lowest token id, a NaN is larger than every number, and nll is NaN where a logit is.
 
     Args:
         hidden: [B, T, D], float32 or bfloat16: what the final norm gives.

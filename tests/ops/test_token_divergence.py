@@ -7,7 +7,15 @@ from dtm_fast import ops
 from dtm_fast.ops import native
 
 # (B, T, V, D)
-SHAPES = [(3, 169, 513, 123), (2, 5, 300, 64), (1, 1, 1, 1), (1, 3, 16, 257), (4, 121, 700, 17), (2, 3, 5, 0)]
+SHAPES = [
+    (3, 181, 1100, 330),
+    (3, 169, 513, 123),
+    (2, 5, 300, 64),
+    (1, 1, 1, 1),
+    (1, 3, 16, 257),
+    (4, 121, 700, 17),
+    (2, 3, 5, 0),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -79,9 +87,9 @@ def test_random_logits_away_from_ties(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [(10, 11), (10, 250), (10, 300), (255, 256), (0, 999), (512, 900)])
+@pytest.mark.parametrize("tokens", [(10, 11), (10, 300), (255, 256), (0, 999), (1023, 1024), (512, 2099)])
 def test_ties_go_to_the_lowest_id(backend: str, dtype: torch.dtype, tokens: tuple[int, int]) -> None:
-    hidden, lm_head, _ = integer_case(2, 130, 1000, 32, dtype)
+    hidden, lm_head, _ = integer_case(2, 130, 2100, 32, dtype)
     hidden[..., 0] = 3
     winner = torch.full((32,), 0.0)
     winner[0] = 1000.0
@@ -101,8 +109,8 @@ def test_bfloat16_logits_tie_after_rounding(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_is_the_largest_logit_and_the_first_one_wins(backend: str, dtype: torch.dtype) -> None:
-    for tokens in ((3, 700), (300,), (999,), (0, 1)):
-        hidden, lm_head, _ = integer_case(1, 20, 1000, 32, dtype)
+    for tokens in ((3, 700), (300,), (1999,), (0, 1), (1023, 1024)):
+        hidden, lm_head, _ = integer_case(1, 20, 2000, 32, dtype)
         lm_head[list(tokens), 4] = torch.nan
         lm_head[5] = torch.finfo(dtype).max / 1e3
         reference = torch.full((1, 20), tokens[0])
@@ -124,12 +132,15 @@ def test_one_bad_token_spoils_no_other(backend: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 @pytest.mark.parametrize("rows", [[2], [2, 290], list(range(300))])
-def test_infinite_logits_are_as_in_torch(backend: str, value: float, rows: list[int]) -> None:
-    hidden, lm_head, reference = integer_case(1, 10, 300, 8, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_logits_are_as_in_torch(
+    backend: str, dtype: torch.dtype, value: float, rows: list[int]
+) -> None:
+    hidden, lm_head, reference = integer_case(1, 10, 300, 8, dtype)
     hidden = hidden.abs() + 1
     lm_head[rows] = value
     reference[0, :3] = torch.tensor([2, 290, 0])
-    logits = torch.nn.functional.linear(hidden, lm_head)
+    logits = torch.nn.functional.linear(hidden, lm_head).float()
     result = ops.token_divergence(hidden, lm_head, reference, backend=backend)
     assert torch.equal(result.mismatch, logits.argmax(-1) != reference)
     nll = logits.logsumexp(-1) - logits.gather(-1, reference[..., None])[..., 0]
@@ -137,11 +148,12 @@ def test_infinite_logits_are_as_in_torch(backend: str, value: float, rows: list[
 
 
 def test_all_instruction_sets_give_the_same_bits(isas: tuple[str, ...]) -> None:
+    """But for bfloat16 on AMX, whose tiles sum in an order of their own."""
     for dtype in DTYPES:
         hidden, lm_head = torch.randn(3, 90, 300).to(dtype), torch.randn(777, 300).to(dtype)
         reference = torch.randint(0, 777, (3, 90))
         results = []
-        for each in isas:
+        for each in isas if dtype == torch.float32 else [each for each in isas if each != "amx"]:
             with native.use_cpu_isa(each):
                 results.append(ops.token_divergence(hidden, lm_head, reference, backend="cpu"))
         for result in results:

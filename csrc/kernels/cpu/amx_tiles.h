@@ -1,6 +1,5 @@
-// The tiles of AMX (Intel 64 and IA-32 Architectures Optimization Reference Manual, "Intel Advanced Matrix
-// Extensions"). Included only by files compiled for it; everything is in an anonymous namespace, so that no
-// copy can reach a file of a lower instruction set.
+// The tile registers of AMX. Included only by files compiled for AMX; everything is in an anonymous
+// namespace, so that no copy can reach a file of a lower instruction set.
 #pragma once
 
 #include <immintrin.h>
@@ -14,29 +13,30 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kTileBytes = kTileRows * kTileRowBytes;
 
-// GCC's tile intrinsics do not say that they read memory: what they read must be in memory before them.
-inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
+// Palette 1: tiles 0-3 hold sums, 4 and 5 weights, 6 and 7 tokens, all of 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
 
-// While it lives, the eight tiles of this thread have 16 rows of 64 bytes each.
-class WholeTiles {
+// To be called between writing memory and loading it into a tile: the intrinsics of GCC 12 do not tell the
+// compiler that they read memory, which may then write it later or never.
+inline void finish_writes(const void* memory) { __asm__ volatile("" ::"r"(memory) : "memory"); }
+
+// The tiles are configured while an object of this class lives.
+class TilesInUse {
  public:
-  WholeTiles() {
-    finish_stores();
-    _tile_loadconfig(&config_);
+  TilesInUse() {
+    const TileConfig config;
+    finish_writes(&config);
+    _tile_loadconfig(&config);
   }
-  ~WholeTiles() { _tile_release(); }
-  WholeTiles(const WholeTiles&) = delete;
-  WholeTiles& operator=(const WholeTiles&) = delete;
-
- private:
-  struct alignas(64) Config {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-  Config config_;
+  ~TilesInUse() { _tile_release(); }
+  TilesInUse(const TilesInUse&) = delete;
+  TilesInUse& operator=(const TilesInUse&) = delete;
 };
 
 }  // namespace

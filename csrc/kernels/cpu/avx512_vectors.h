@@ -16,6 +16,10 @@ inline __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? __mmask16{0xffff} : static_cast<__mmask16>((1u << count) - 1u);
 }
 
+inline __mmask32 first_words(int64_t count) {
+  return count >= 32 ? __mmask32{0xffffffff} : (__mmask32{1} << count) - 1;
+}
+
 inline __mmask64 first_bytes(int64_t count) {
   return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
 }
@@ -27,6 +31,15 @@ inline __m512 load_16(const void* x, int64_t index, __mmask16 lanes) {
   if (type == FloatType::kFloat32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(x) + index);
   const __m256i bits = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(x) + index);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// As bfloat16_bits of store_float.h, each in the lower half of its lane.
+inline __m512i bfloat16_lanes(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_mask_set1_epi32(_mm512_srli_epi32(rounded, 16), nan, 0x7fc0);
 }
 
 // In place: r[j] lane i = old r[i] lane j. First inside each block of 4 x 4, then between the blocks.

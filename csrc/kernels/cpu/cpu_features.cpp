@@ -57,7 +57,8 @@ CpuIsa detect() {
   }
   if (!has(leaf7.ecx, bit_AVX512VNNI)) return CpuIsa::kAvx512;
   constexpr uint64_t kTileState = 0x60000;  // tile configuration and tile data
-  if ((xcr0 & kTileState) != kTileState || !has(leaf7.edx, bit_AMX_TILE | bit_AMX_INT8)) {
+  if ((xcr0 & kTileState) != kTileState || !has(leaf7.edx, bit_AMX_TILE | bit_AMX_INT8 | bit_AMX_BF16) ||
+      !has(cpuid(7, 1).eax, bit_AVX512BF16)) {
     return CpuIsa::kAvx512Vnni;
   }
   return may_use_tiles() ? CpuIsa::kAmx : CpuIsa::kAvx512Vnni;

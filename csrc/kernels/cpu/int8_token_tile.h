@@ -14,16 +14,6 @@ constexpr int64_t kVectorBytes = 64;
 constexpr int64_t kLanes = kInt8TokenBlock;
 constexpr int kCols = 16;  // weight rows that are finished together
 
-// As bfloat16_bits of store_float.h, 16 at a time.
-__m256i bfloat16_bits(__m512 value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  const __m512i high = _mm512_mask_set1_epi32(_mm512_srli_epi32(rounded, 16), nan, 0x7fc0);
-  return _mm512_cvtepi32_epi16(high);
-}
-
 // y[m0 : m0 + rows, n0 : n0 + cols] from the sums acc [cols, rows], less offset[cols] (nullptr: nothing);
 // rows <= 16, cols <= 16; scale_x belongs to row m0.
 template <FloatType type>
@@ -50,7 +40,7 @@ void store_block(const Int8Linear& args, const float* scale_x, int64_t m0, int64
       _mm512_mask_storeu_ps(static_cast<float*>(args.y) + first, lanes, _mm512_castsi512_ps(r[i]));
     } else {
       _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + first, lanes,
-                               bfloat16_bits(_mm512_castsi512_ps(r[i])));
+                               _mm512_cvtepi32_epi16(bfloat16_lanes(_mm512_castsi512_ps(r[i]))));
     }
   }
 }

@@ -88,7 +88,7 @@ void multiply_columns(const Int8Linear& args, const Int8Tokens& tokens, int64_t 
   for (int64_t s0 = 0; s0 < all_steps || s0 == 0; s0 += kBlockSteps) {
     const int64_t steps = smaller(kBlockSteps, all_steps - s0);
     pack_panel(qweight, args.qweight_stride, cols, s0 * kStep, args.K, steps, panel);
-    finish_stores();
+    finish_writes(panel);
     const bool last = s0 + steps == all_steps;
     // Where K ends, the next 32 weight rows follow.
     const int8_t* next_rows = last ? qweight + kBlock * args.qweight_stride : qweight + (s0 + steps) * kStep;
@@ -122,7 +122,7 @@ void int8_token_tile_amx(const Int8Linear& args, const Int8Tokens& tokens, int64
                          int64_t n0, int64_t cols) {
   alignas(64) int8_t panel[kBlockSteps * kPanelStep];
   alignas(64) int32_t sums[kInt8TokenTileRows / kBlock * kSumsBlock];
-  const WholeTiles tiles;
+  const TilesInUse tiles;
   for (int64_t j = 0; j < cols; j += kBlock) {
     const auto multiply = args.type == FloatType::kFloat32 ? multiply_columns<FloatType::kFloat32>
                                                            : multiply_columns<FloatType::kBfloat16>;

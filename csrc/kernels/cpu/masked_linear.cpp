@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "gemm_tile.h"
+#include "masked_linear_bfloat16.h"
 #include "parallel_for.h"
 #include "scratch_buffer.h"
 #include "store_float.h"
@@ -29,6 +30,10 @@ void store_tile(const MaskedLinear& args, const GemmTile& tile, int64_t v0, int6
 }  // namespace
 
 void masked_linear(CpuIsa isa, const MaskedLinear& args, int num_threads) {
+  require_cpu_isa(isa);
+  if (isa == CpuIsa::kAmx && args.type == FloatType::kBfloat16) {
+    return masked_linear_bfloat16(args, num_threads);
+  }
   GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa);
   const int64_t row_tiles = (args.M + kGemmTileRows - 1) / kGemmTileRows;
   const int64_t col_tiles = (args.N + kTileCols - 1) / kTileCols;

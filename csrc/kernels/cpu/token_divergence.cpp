@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "bfloat16_tiles.h"
 #include "gemm_tile.h"
 #include "parallel_for.h"
 #include "scratch_buffer.h"
@@ -14,35 +15,58 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Rows whose summaries are held at a time: 4 row tiles, about 3 MB for a vocabulary of 50,000.
+// Rows whose summaries are held at a time: 4 row tiles, about 1.5 MB for a vocabulary of 50,000. With wide
+// tiles, as many as share one reading of lm_head.
 constexpr int64_t kChunkRows = 4 * kGemmTileRows;
+constexpr int64_t kWideChunkRows = 4 * kWideTileRows;
 
-// The logits of a row so far, tiles being added in the order of the vocabulary. Double precision, because it
-// costs nothing here and leaves the sum over thousands of tiles as exact as the tiles.
-class RowSummary {
+// What the tiles of the vocabulary say of `rows` rows.
+class Summaries {
  public:
-  void add(const LogitSummary& tile, int64_t first_token) {
-    if (std::isnan(max_)) return;
-    if (std::isnan(tile.max) || tile.max > max_ || argmax_ < 0) {
-      // exp(-infinity) = 0 drops what came before where that was -infinity or nothing.
-      if (std::isfinite(tile.max))
-        sum_ = sum_ * std::exp(max_ - static_cast<double>(tile.max)) + tile.sum_exp;
-      max_ = tile.max;
-      argmax_ = first_token + tile.argmax;
-    } else if (std::isfinite(max_) && tile.max > -kInfinity) {
-      sum_ += tile.sum_exp * std::exp(static_cast<double>(tile.max) - max_);
+  Summaries(const TokenDivergence& args, int64_t tile_tokens, int64_t rows)
+      : tile_tokens_(tile_tokens),
+        tiles_((args.V + tile_tokens - 1) / tile_tokens),
+        max_(tiles_, rows),
+        sum_exp_(tiles_, rows),
+        reference_logit_(1, rows),
+        reference_leads_(1, rows) {}
+
+  int64_t tiles() const { return tiles_; }
+  float* max(int64_t tile) { return max_.part(tile); }
+  float* sum_exp(int64_t tile) { return sum_exp_.part(tile); }
+  float* reference_logit() { return reference_logit_.part(0); }
+  // Whether no token before the reference in its tile has a logit as large.
+  uint8_t* reference_leads() { return reference_leads_.part(0); }
+
+  // Results of row t of args from row i, tiles being added in the order of the vocabulary. Double precision,
+  // because it costs little here and leaves the sum over many tiles as exact as the tiles.
+  void finish(const TokenDivergence& args, int64_t t, int64_t i) {
+    int64_t winner = 0;  // the first tile that holds the largest logit
+    for (int64_t tile = 1; tile < tiles_ && !std::isnan(max(winner)[i]); ++tile) {
+      if (std::isnan(max(tile)[i]) || max(tile)[i] > max(winner)[i]) winner = tile;
     }
+    const float largest = max(winner)[i];
+    const float logit = reference_logit()[i];
+    const bool is_largest = std::isnan(largest) ? std::isnan(logit) : logit == largest;
+    args.mismatch[t] =
+        !(winner == args.reference[t] / tile_tokens_ && is_largest && reference_leads()[i] != 0);
+    // As torch.logsumexp: infinite (or NaN) exactly where the largest logit is.
+    double log_sum_exp = largest;
+    if (std::isfinite(largest)) {
+      double sum = 0.0;
+      for (int64_t tile = 0; tile < tiles_; ++tile) {
+        if (max(tile)[i] == -kInfinity) continue;
+        sum += sum_exp(tile)[i] * std::exp(static_cast<double>(max(tile)[i]) - largest);
+      }
+      log_sum_exp += std::log(sum);
+    }
+    args.nll[t] = static_cast<float>(log_sum_exp - logit);
   }
 
-  int64_t argmax() const { return argmax_; }
-
-  // As torch.logsumexp: infinite (or NaN) exactly where the largest logit is.
-  double log_sum_exp() const { return std::isfinite(max_) ? max_ + std::log(sum_) : max_; }
-
  private:
-  double max_ = -kInfinity;
-  double sum_ = 0.0;
-  int64_t argmax_ = -1;
+  int64_t tile_tokens_, tiles_;
+  ScratchBuffer<float> max_, sum_exp_, reference_logit_;
+  ScratchBuffer<uint8_t> reference_leads_;
 };
 
 // Rounds the logits to bfloat16 if that is what the model computes in, and fills the row up.
@@ -54,18 +78,15 @@ void finish_logits(FloatType type, float* row, int64_t cols, int64_t padded_cols
 }
 
 // Rows t0 .. t0 + rows - 1, rows <= kChunkRows.
-void token_divergence_chunk(CpuIsa isa, const TokenDivergence& args, int64_t t0, int64_t rows,
-                            int num_threads) {
+void summarize_chunk(CpuIsa isa, const TokenDivergence& args, int64_t t0, int64_t rows, int num_threads,
+                     Summaries& summaries) {
   GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa);
   SummarizeLogits* const summarize = isa >= CpuIsa::kAvx512 ? summarize_logits_avx512 : summarize_logits_avx2;
   const int64_t row_tiles = (rows + kGemmTileRows - 1) / kGemmTileRows;
-  const int64_t col_tiles = (args.V + kVocabularyTile - 1) / kVocabularyTile;
-  const int64_t tasks = row_tiles * col_tiles;
+  const int64_t tasks = row_tiles * summaries.tiles();
   const int64_t tile_rows = std::min(kGemmTileRows, rows);
   const int64_t c_size = tile_rows * kVocabularyTile;
   ScratchBuffer<float> scratch(threads_used(tasks, num_threads), c_size + gemm_tile_scratch(tile_rows));
-  ScratchBuffer<LogitSummary> summaries(1, rows * col_tiles);
-  ScratchBuffer<float> reference_logits(1, rows);
   parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
     // Row tiles of one vocabulary tile follow each other, so that its weights are read from memory once.
     const int64_t i0 = task % row_tiles * kGemmTileRows;
@@ -88,26 +109,73 @@ void token_divergence_chunk(CpuIsa isa, const TokenDivergence& args, int64_t t0,
     for (int64_t i = 0; i < tile.rows; ++i) {
       float* row = tile.c + i * tile.c_stride;
       finish_logits(args.type, row, tile.cols, padded_cols);
-      summaries.part(0)[(i0 + i) * col_tiles + v0 / kVocabularyTile] = summarize(row, padded_cols);
+      const LogitSummary summary = summarize(row, padded_cols);
+      summaries.max(v0 / kVocabularyTile)[i0 + i] = summary.max;
+      summaries.sum_exp(v0 / kVocabularyTile)[i0 + i] = summary.sum_exp;
       const int64_t reference = args.reference[t0 + i0 + i] - v0;
-      if (reference >= 0 && reference < tile.cols) reference_logits.part(0)[i0 + i] = row[reference];
+      if (reference >= 0 && reference < tile.cols) {
+        summaries.reference_logit()[i0 + i] = row[reference];
+        summaries.reference_leads()[i0 + i] = summary.argmax == reference;
+      }
     }
   });
-  for (int64_t i = 0; i < rows; ++i) {
-    RowSummary row;
-    for (int64_t c = 0; c < col_tiles; ++c)
-      row.add(summaries.part(0)[i * col_tiles + c], c * kVocabularyTile);
-    args.mismatch[t0 + i] = row.argmax() != args.reference[t0 + i];
-    args.nll[t0 + i] = static_cast<float>(row.log_sum_exp() - reference_logits.part(0)[i]);
-  }
+}
+
+// Rows t0 .. t0 + rows - 1, rows <= kWideChunkRows; bfloat16 on AMX.
+void summarize_wide_chunk(const TokenDivergence& args, int64_t t0, int64_t rows, int num_threads,
+                          Summaries& summaries) {
+  const uint16_t* hidden = static_cast<const uint16_t*>(args.hidden) + t0 * args.hidden_stride;
+  const int64_t groups = (rows + kBfloat16Group - 1) / kBfloat16Group;
+  const int64_t group_size = bfloat16_group_size(args.D);
+  ScratchBuffer<uint16_t> packed(1, groups * group_size);
+  parallel_for(groups, num_threads, [&](int64_t group, int) {
+    const int64_t first = group * kBfloat16Group;
+    pack_bfloat16_group_amx(hidden + first * args.hidden_stride, args.hidden_stride,
+                            std::min(kBfloat16Group, rows - first), args.D,
+                            packed.part(0) + group * group_size);
+  });
+  const int64_t row_tiles = (rows + kWideTileRows - 1) / kWideTileRows;
+  const int64_t tasks = row_tiles * summaries.tiles();
+  ScratchBuffer<float> sums(threads_used(tasks, num_threads), kWideTileSums);
+  parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
+    // Row tiles of one vocabulary tile follow each other, so that its weights are read from memory once.
+    const int64_t i0 = task % row_tiles * kWideTileRows;
+    const int64_t v0 = task / row_tiles * kWideVocabularyTile;
+    WideTile tile;
+    tile.hidden = packed.part(0) + i0 / kBfloat16Group * group_size;
+    tile.lm_head = static_cast<const uint16_t*>(args.lm_head) + v0 * args.lm_head_stride;
+    tile.lm_head_stride = args.lm_head_stride;
+    tile.reference = args.reference + t0 + i0;
+    tile.first_token = v0;
+    tile.rows = std::min(kWideTileRows, rows - i0);
+    tile.tokens = std::min(kWideVocabularyTile, args.V - v0);
+    tile.D = args.D;
+    tile.max = summaries.max(v0 / kWideVocabularyTile) + i0;
+    tile.sum_exp = summaries.sum_exp(v0 / kWideVocabularyTile) + i0;
+    tile.reference_logit = summaries.reference_logit() + i0;
+    tile.reference_leads = summaries.reference_leads() + i0;
+    tile.sums = sums.part(thread);
+    summarize_wide_tile_amx(tile);
+  });
 }
 
 }  // namespace
 
 void token_divergence(CpuIsa isa, const TokenDivergence& args, int num_threads) {
   require_cpu_isa(isa);
-  for (int64_t t0 = 0; t0 < args.T; t0 += kChunkRows) {
-    token_divergence_chunk(isa, args, t0, std::min(kChunkRows, args.T - t0), num_threads);
+  const bool wide = isa == CpuIsa::kAmx && args.type == FloatType::kBfloat16;
+  const int64_t chunk_rows = wide ? kWideChunkRows : kChunkRows;
+  Summaries summaries(args, wide ? kWideVocabularyTile : kVocabularyTile, std::min(chunk_rows, args.T));
+  for (int64_t t0 = 0; t0 < args.T; t0 += chunk_rows) {
+    const int64_t rows = std::min(chunk_rows, args.T - t0);
+    wide ? summarize_wide_chunk(args, t0, rows, num_threads, summaries)
+         : summarize_chunk(isa, args, t0, rows, num_threads, summaries);
+    constexpr int64_t kRowsOfTask = 16;  // neighbours share cache lines
+    parallel_for((rows + kRowsOfTask - 1) / kRowsOfTask, num_threads, [&](int64_t task, int) {
+      for (int64_t i = task * kRowsOfTask; i < rows && i < (task + 1) * kRowsOfTask; ++i) {
+        summaries.finish(args, t0 + i, i);
+      }
+    });
   }
 }
 

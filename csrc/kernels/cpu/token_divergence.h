@@ -14,13 +14,13 @@ namespace dtm_fast {
 // mismatch  : [T] bool bytes
 // nll       : [T] float32
 //
-//   logits[t, v] = type(sum_d float32(hidden[t, d]) * float32(lm_head[v, d]))     (order of the sum:
-//   gemm_tile.h) mismatch[t]  = argmax_v logits[t, v] != reference[t]                         (lowest v wins,
-//   NaN is the largest) nll[t]       = log sum_v exp(logits[t, v]) - logits[t, reference[t]]         (NaN
-//   where a logit is NaN)
+//   logits[t, v] = type(sum_d float32(hidden[t, d]) * float32(lm_head[v, d]))
+//   mismatch[t]  = argmax_v logits[t, v] != reference[t]       (lowest v wins, NaN is the largest)
+//   nll[t]       = log sum_v exp(logits[t, v]) - logits[t, reference[t]]     (NaN where a logit is NaN)
 //
-// Working memory is O(T * V / kVocabularyTile). The vocabulary is cut into tiles of fixed size, which are
-// merged in order, so that the result depends on neither the batch nor the threads.
+// The order of the sum over d is that of gemm_tile.h, or for bfloat16 on AMX that of bfloat16_tiles.h. The
+// vocabulary is cut into tiles of fixed size, which are merged in order, so that the result depends on
+// neither the batch nor the threads. Working memory is O(T * V / tile), for at most 2048 rows at a time.
 struct TokenDivergence {
   FloatType type;
   const void* hidden;
@@ -50,5 +50,29 @@ struct LogitSummary {
 using SummarizeLogits = LogitSummary(const float* logits, int64_t count);
 SummarizeLogits summarize_logits_avx2;
 SummarizeLogits summarize_logits_avx512;
+
+// The same for many rows at once, and from the product on: the logits never leave the cache.
+constexpr int64_t kWideVocabularyTile = 1024;
+constexpr int64_t kWideTileRows = 512;
+
+struct WideTile {
+  const uint16_t* hidden;  // groups of rows, packed as in bfloat16_tiles.h
+  const uint16_t* lm_head;
+  int64_t lm_head_stride;
+  const int64_t* reference;  // [rows]
+  int64_t first_token;       // of lm_head
+  int64_t rows, tokens, D;   // rows <= kWideTileRows, tokens <= kWideVocabularyTile
+  float* max;                // [rows]
+  float* sum_exp;            // [rows]
+  // [rows], written where the reference is a token of this tile: its logit, and whether no token of the tile
+  // before it has one as large.
+  float* reference_logit;
+  uint8_t* reference_leads;
+  float* sums;  // kWideTileSums
+};
+
+constexpr int64_t kWideTileSums = kWideTileRows * 256;
+
+void summarize_wide_tile_amx(const WideTile& tile);
 
 }  // namespace dtm_fast
