@@ -19,6 +19,7 @@ from benchmarks import (
     machine,
     masked_linear_cases,
     not_built,
+    sparse_linear_cases,
     table,
     token_divergence_cases,
 )
@@ -33,6 +34,7 @@ DOCS = machine.ROOT / "docs"
 OPERATIONS: dict[str, Callable[[bool], list[Case]]] = {
     "int8_linear": lambda quick: int8_linear_cases.cases(compiled=not quick),
     "masked_linear": lambda _quick: masked_linear_cases.cases(),
+    "sparse_linear": lambda _quick: sparse_linear_cases.cases(),
     "token_divergence": lambda quick: token_divergence_cases.cases(large=not quick),
 }
 

@@ -10,6 +10,8 @@
 #include "../kernels/cpu/mask_bits.h"
 #include "../kernels/cpu/masked_linear.h"
 #include "../kernels/cpu/quantize_int8.h"
+#include "../kernels/cpu/sparse_linear.h"
+#include "../kernels/cpu/sparse_pack.h"
 #include "../kernels/cpu/token_divergence.h"
 
 namespace py = pybind11;
@@ -97,6 +99,49 @@ PYBIND11_MODULE(_cpu, module) {
                       {FloatType(type), pointer<void>(x), x_stride, pointer<void>(weight), weight_stride,
                        pointer<uint8_t>(mask), mask_row_stride, mask_variant_stride, pointer<float>(bias), V,
                        M, N, K, pointer<void>(y)},
+                      num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "sparse_order",
+      [](int num_threads, Address mask, int64_t mask_stride, int64_t N, int64_t K, Address rows,
+         Address steps) {
+        sparse_order(
+            {pointer<uint8_t>(mask), mask_stride, N, K, pointer<uint16_t>(rows), pointer<uint8_t>(steps)},
+            num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "sparse_pack",
+      [](int num_threads, int type, Address weight, int64_t weight_stride, Address mask, int64_t mask_stride,
+         int64_t N, int64_t K, Address rows, Address steps, Address values, Address columns) {
+        sparse_pack(
+            {FloatType(type),
+             pointer<void>(weight),
+             weight_stride,
+             {pointer<uint8_t>(mask), mask_stride, N, K, pointer<uint16_t>(rows), pointer<uint8_t>(steps)},
+             pointer<float>(values),
+             pointer<uint8_t>(columns)},
+            num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "sparse_linear",
+      [](int isa, int num_threads, int type, Address x, int64_t x_stride, Address values, int64_t value_steps,
+         Address columns, int64_t column_words, Address rows, Address steps, int64_t N, int64_t K,
+         Address bias, int64_t M, Address y) {
+        sparse_linear(CpuIsa(isa),
+                      {FloatType(type),
+                       pointer<void>(x),
+                       x_stride,
+                       {pointer<float>(values), value_steps, pointer<uint8_t>(columns), column_words,
+                        pointer<uint16_t>(rows), pointer<uint8_t>(steps), N, K},
+                       pointer<float>(bias),
+                       M,
+                       pointer<void>(y)},
                       num_threads);
       },
       ReleaseGil());

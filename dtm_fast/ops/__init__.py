@@ -7,18 +7,22 @@ from dtm_fast.ops.int8_linear import int8_linear
 from dtm_fast.ops.mask_bits import pack_mask, unpack_mask
 from dtm_fast.ops.masked_linear import masked_linear
 from dtm_fast.ops.quantize_int8 import quantize_int8
+from dtm_fast.ops.sparse_linear import sparse_linear
+from dtm_fast.ops.sparse_weight import SparseWeight
 from dtm_fast.ops.token_divergence import CertifiedDivergence, Divergence, token_divergence
 
 __all__ = [
     "Certificate",
     "CertifiedDivergence",
     "Divergence",
+    "SparseWeight",
     "apply_mask",
     "backend_info",
     "int8_linear",
     "masked_linear",
     "pack_mask",
     "quantize_int8",
+    "sparse_linear",
     "token_divergence",
     "unpack_mask",
 ]

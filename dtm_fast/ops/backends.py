@@ -15,6 +15,8 @@ OPERATIONS = (
     "unpack_mask",
     "apply_mask",
     "masked_linear",
+    "pack_sparse",
+    "sparse_linear",
     "token_divergence",
 )
 CUDA_OPERATIONS = ("unpack_mask",)

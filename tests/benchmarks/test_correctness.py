@@ -2,7 +2,7 @@ import itertools
 
 import torch
 
-from benchmarks import int8_linear_cases, masked_linear_cases, token_divergence_cases
+from benchmarks import int8_linear_cases, masked_linear_cases, sparse_linear_cases, token_divergence_cases
 from benchmarks.case import OURS, Contest, checked
 from benchmarks.correctness import bit_equal, relative_error, share_of_positions
 from benchmarks.interleave import Contender
@@ -59,6 +59,7 @@ def test_a_wrong_kernel_of_ours_fails_each_check() -> None:
         int8_linear_cases.cases(compiled=False)[0],
         masked_linear_cases.cases()[0],
         masked_linear_cases.cases()[-1],
+        sparse_linear_cases.cases()[0],
         token_divergence_cases.cases(large=False)[0],
     ]
     for case in cases:

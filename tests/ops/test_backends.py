@@ -24,6 +24,10 @@ CALLS: dict[str, Callable[[str | None], object]] = {
     "unpack_mask": lambda backend: ops.unpack_mask(PACKED, 4, backend=backend),
     "apply_mask": lambda backend: ops.apply_mask(X, PACKED, backend=backend),
     "masked_linear": lambda backend: ops.masked_linear(X, X, PACKED, backend=backend),
+    "pack_sparse": lambda backend: ops.SparseWeight.pack(X, backend=backend),
+    "sparse_linear": lambda backend: ops.sparse_linear(
+        X, ops.SparseWeight.pack(X, backend="reference"), backend=backend
+    ),
     "token_divergence": lambda backend: ops.token_divergence(
         X[None], X, torch.ones(1, 3, dtype=torch.int64), backend=backend
     ),

@@ -22,11 +22,18 @@ def arguments() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "unpack_mask": (ops.unpack_mask, (packed, 37)),
         "apply_mask": (ops.apply_mask, (weight, packed[0])),
         "masked_linear": (ops.masked_linear, (x, weight, packed, torch.randn(11))),
+        "sparse_linear": (ops.sparse_linear, (x, ops.SparseWeight.pack(weight), torch.randn(11))),
         "token_divergence": (ops.token_divergence, (x, weight, reference)),
     }
 
 
 OPERATIONS = list(arguments())
+
+
+def flat(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as the operator takes them: a SparseWeight as its tensors and sizes."""
+    parts = (vars(each).values() if isinstance(each, ops.SparseWeight) else (each,) for each in values)
+    return tuple(part for each in parts for part in each)
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -37,7 +44,7 @@ def assert_same(first: Any, second: Any) -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_opcheck(operation: str) -> None:
     _, values = arguments()[operation]
-    torch.library.opcheck(getattr(torch.ops.dtm_fast, operation).default, values)
+    torch.library.opcheck(getattr(torch.ops.dtm_fast, operation).default, flat(values))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -55,7 +62,7 @@ def test_runs_in_inference_mode_and_through_the_dispatcher(operation: str) -> No
     expected = function(*values)
     with torch.inference_mode():
         assert_same(function(*values), expected)
-    assert_same(getattr(torch.ops.dtm_fast, operation)(*values), expected)
+    assert_same(getattr(torch.ops.dtm_fast, operation)(*flat(values)), expected)
 
 
 def test_value_errors_survive_compilation() -> None:

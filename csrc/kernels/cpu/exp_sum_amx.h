@@ -1,5 +1,4 @@
-// exp of 16 float32 <= 0 where only a sum that holds exp(0) is wanted of it. Only for files compiled for AMX,
-// or any AVX-512.
+// exp of 16 float32 <= 0 where only a sum that holds exp(0) is wanted of it. Only for files compiled for AMX.
 #pragma once
 
 #include <immintrin.h>

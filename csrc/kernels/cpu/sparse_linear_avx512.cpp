@@ -1,0 +1,221 @@
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "avx512_vectors.h"
+#include "sparse_linear.h"
+
+namespace dtm_fast {
+namespace {
+
+constexpr int64_t kFewTokens = 3;
+constexpr int64_t kPrefetchBytes = 2048;
+
+template <FloatType type>
+void transpose_x_as(const void* x, int64_t x_stride, int64_t k0, int64_t depth, int64_t tokens, float* xt) {
+  for (int64_t m = 0; m < kSparseTokens && m < tokens; m += 16) {
+    for (int64_t k = 0; k < kSparseBlockRows; k += 16) {
+      const __mmask16 lanes = k < depth ? first_lanes(depth - k) : __mmask16{0};
+      __m512i r[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const void* row =
+            static_cast<const char*>(x) + (m + i < tokens ? m + i : m) * x_stride * size_of(type);
+        r[i] = _mm512_castps_si512(load_16<type>(row, k0 + k, m + i < tokens ? lanes : __mmask16{0}));
+      }
+      transpose_16x16(r);
+      for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(xt + (k + i) * kSparseTokens + m, r[i]);
+    }
+  }
+}
+
+void transpose_x(FloatType type, const void* x, int64_t x_stride, int64_t k0, int64_t depth, int64_t tokens,
+                 float* xt) {
+  type == FloatType::kFloat32 ? transpose_x_as<FloatType::kFloat32>(x, x_stride, k0, depth, tokens, xt)
+                              : transpose_x_as<FloatType::kBfloat16>(x, x_stride, k0, depth, tokens, xt);
+}
+
+// The four columns of a row at a word.
+uint32_t load_word(const uint8_t* columns) {
+  uint32_t word;
+  std::memcpy(&word, columns, sizeof word);
+  return word;
+}
+
+// kRows neighbours of a group at once, so that enough independent sums are under way.
+template <int kVectors, int kRows>
+void multiply_rows(const float* values, const uint8_t* columns, int64_t steps, const float* xt, float* c,
+                   const uint16_t* rows, uint16_t last_row) {
+  float* row[kRows];
+  __m512 sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = c + (rows[r] < last_row ? rows[r] : last_row) * kSparseTokens;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_load_ps(row[r] + 16 * v);
+  }
+  const auto step = [&](int r, uint32_t column, const float* value) {
+    // A byte of the weight cannot address more than the rows of xt, whatever it holds.
+    const float* x = xt + (column & (kSparseBlockRows - 1)) * kSparseTokens;
+    asm(""
+        : "+r"(x));  // one register as address: with two, an instruction that also computes takes two slots
+    const __m512 w = _mm512_set1_ps(*value);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = _mm512_fmadd_ps(w, _mm512_load_ps(x + 16 * v), sum[r][v]);
+    }
+  };
+  constexpr int64_t kLine = kSparseLanes * kSparseWord;  // the same for four steps of values as for a word
+  int64_t s = 0;
+  for (; s + kSparseWord <= steps; s += kSparseWord, values += kLine, columns += kLine) {
+    uint32_t word[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) word[r] = load_word(columns + r * kSparseWord);
+#pragma GCC unroll 4
+    for (int j = 0; j < kSparseWord; ++j) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) step(r, word[r] >> (8 * j), values + j * kSparseLanes + r);
+    }
+  }
+  for (int64_t j = 0; j < steps - s; ++j) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      step(r, columns[r * kSparseWord + j], values + j * kSparseLanes + r);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) _mm512_store_ps(row[r] + 16 * v, sum[r][v]);
+  }
+}
+
+template <int kVectors, int kRows>
+void multiply_groups(const SparseBlock& block, const float* xt, float* c) {
+  const float* values = block.values;
+  const uint8_t* columns = block.columns;
+  const auto last_row = static_cast<uint16_t>(block.groups * kSparseLanes);
+  for (int64_t g = 0; g < block.groups; ++g) {
+    const int64_t steps = block.steps[g];
+    if (steps == 0) continue;
+    for (int r = 0; r < kSparseLanes; r += kRows) {
+      multiply_rows<kVectors, kRows>(values + r, columns + r * kSparseWord, steps, xt, c,
+                                     block.rows + g * kSparseLanes + r, last_row);
+    }
+    values += steps * kSparseLanes;
+    columns += (steps + kSparseWord - 1) / kSparseWord * kSparseLanes * kSparseWord;
+  }
+}
+
+void multiply(const SparseBlock& block, const float* xt, int64_t tokens, float* c) {
+  switch ((tokens + 15) / 16) {
+    case 1:
+      return multiply_groups<1, 4>(block, xt, c);
+    case 2:
+      return multiply_groups<2, 4>(block, xt, c);
+    case 3:
+      return multiply_groups<3, 2>(block, xt, c);
+    default:
+      return multiply_groups<4, 2>(block, xt, c);
+  }
+}
+
+// Sixteen bfloat16, rounded as store_float.h rounds.
+__m256i bfloat16_bits(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+void store_y(const float* c, int64_t rows, int64_t tokens, const float* bias, FloatType type, void* y,
+             int64_t y_stride, int64_t n0) {
+  // Along the rows of y, so that few of its pages are written at a time.
+  for (int64_t m = 0; m < tokens; m += 16) {
+    for (int64_t n = 0; n < rows; n += 16) {
+      const __mmask16 lanes = first_lanes(rows - n);
+      __m512i r[16];
+      for (int64_t i = 0; i < 16; ++i) r[i] = _mm512_load_si512(c + (n + i) * kSparseTokens + m);
+      transpose_16x16(r);
+      for (int64_t i = 0; i < 16 && m + i < tokens; ++i) {
+        __m512 value = _mm512_castsi512_ps(r[i]);
+        if (bias != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + n0 + n));
+        const int64_t at = (m + i) * y_stride + n0 + n;
+        if (type == FloatType::kFloat32) {
+          _mm512_mask_storeu_ps(static_cast<float*>(y) + at, lanes, value);
+        } else {
+          _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + at, lanes, bfloat16_bits(value));
+        }
+      }
+    }
+  }
+}
+
+// x at column `byte` of each lane's word, from the eight vectors of a block: two of them for each pair of
+// bits 5 and 6 of the column. vpermi2ps looks at the low five bits only.
+template <int byte>
+__m512 x_at(const __m512 x[8], __m512i words) {
+  const __m512i column = _mm512_srli_epi32(words, 8 * byte);
+  const __mmask16 bit5 = _mm512_movepi32_mask(_mm512_slli_epi32(words, 26 - 8 * byte));
+  const __mmask16 bit6 = _mm512_movepi32_mask(_mm512_slli_epi32(words, 25 - 8 * byte));
+  const __m512 x0 = _mm512_permutex2var_ps(x[0], column, x[1]);
+  const __m512 x1 = _mm512_permutex2var_ps(x[2], column, x[3]);
+  const __m512 x2 = _mm512_permutex2var_ps(x[4], column, x[5]);
+  const __m512 x3 = _mm512_permutex2var_ps(x[6], column, x[7]);
+  return _mm512_mask_blend_ps(bit6, _mm512_mask_blend_ps(bit5, x0, x1), _mm512_mask_blend_ps(bit5, x2, x3));
+}
+
+// The sums of one token over the steps of one group.
+__m512 add_group(const float* values, const uint8_t* columns, int64_t steps, const __m512 x[8], __m512 sum) {
+  constexpr int64_t kLine = kSparseLanes * kSparseWord;
+  for (; steps >= kSparseWord; steps -= kSparseWord, values += kLine, columns += kLine) {
+    const __m512i words = _mm512_loadu_si512(columns);
+    for (int64_t j = 0; j < kSparseWord; ++j) {
+      _mm_prefetch(reinterpret_cast<const char*>(values + j * kSparseLanes) + kPrefetchBytes, _MM_HINT_T0);
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(columns) + kPrefetchBytes / 4, _MM_HINT_T0);
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), x_at<0>(x, words), sum);
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 16), x_at<1>(x, words), sum);
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 32), x_at<2>(x, words), sum);
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 48), x_at<3>(x, words), sum);
+  }
+  if (steps > 0) {
+    const __m512i words = _mm512_loadu_si512(columns);
+    sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), x_at<0>(x, words), sum);
+    if (steps > 1) sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 16), x_at<1>(x, words), sum);
+    if (steps > 2) sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 32), x_at<2>(x, words), sum);
+  }
+  return sum;
+}
+
+void multiply_few(const SparseBlock& block, const float* x, int64_t tokens, float* c, int64_t c_stride) {
+  const float* values = block.values;
+  const uint8_t* columns = block.columns;
+  const __m512i last_row = _mm512_set1_epi32(static_cast<int>(block.groups * kSparseLanes));
+  __m512 vectors[8];
+  for (int i = 0; i < 8; ++i) vectors[i] = _mm512_loadu_ps(x + 16 * i);
+  for (int64_t g = 0; g < block.groups; ++g) {
+    const int64_t steps = block.steps[g];
+    if (steps == 0) continue;
+    const __m512i rows = _mm512_min_epu32(
+        last_row, _mm512_cvtepu16_epi32(
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.rows + g * kSparseLanes))));
+    for (int64_t m = 0; m < tokens; ++m) {
+      if (tokens > 1) {
+        for (int i = 0; i < 8; ++i) vectors[i] = _mm512_loadu_ps(x + m * kSparseBlockRows + 16 * i);
+      }
+      float* sums = c + m * c_stride;
+      const __m512 sum = add_group(values, columns, steps, vectors, _mm512_i32gather_ps(rows, sums, 4));
+      _mm512_i32scatter_ps(sums, rows, sum, 4);
+    }
+    values += steps * kSparseLanes;
+    columns += (steps + kSparseWord - 1) / kSparseWord * kSparseLanes * kSparseWord;
+  }
+}
+
+}  // namespace
+
+const SparseKernels kSparseAvx512 = {transpose_x, multiply, store_y, multiply_few, kFewTokens};
+
+}  // namespace dtm_fast

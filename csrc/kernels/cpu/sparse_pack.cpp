@@ -1,0 +1,145 @@
+#include "sparse_pack.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "parallel_for.h"
+#include "store_float.h"
+
+namespace dtm_fast {
+namespace {
+
+// Bits first .. first + count - 1 of a row of the mask, count <= 64. Reads no byte but those that hold them.
+uint64_t bits_of(const uint8_t* row, int64_t first, int64_t count) {
+  if (count <= 0) return 0;
+  const int64_t shift = first % 8, bytes = (shift + count + 7) / 8;
+  uint64_t low = 0;
+  std::memcpy(&low, row + first / 8, static_cast<size_t>(std::min<int64_t>(bytes, 8)));
+  uint64_t bits = low >> shift;
+  if (bytes > 8) bits |= static_cast<uint64_t>(row[first / 8 + 8]) << (64 - shift);
+  return count == 64 ? bits : bits & ((uint64_t{1} << count) - 1);
+}
+
+// The kept columns of a row in a block: columns 0 .. 63 and 64 .. 126.
+struct Kept {
+  uint64_t half[2];
+};
+
+Kept kept_in(const SparseOrder& args, int64_t n, int64_t block) {
+  const uint8_t* row = args.mask + n * args.mask_stride;
+  const int64_t k0 = block * kSparseBlock, depth = std::min(kSparseBlock, args.K - k0);
+  return {{bits_of(row, k0, std::min<int64_t>(depth, 64)), bits_of(row, k0 + 64, depth - 64)}};
+}
+
+// Sorts the rows of a panel by their counts, descending and stable: a counting sort.
+void order_block(const SparseOrder& args, const SparseLayout& layout, int64_t panel, int64_t block) {
+  const int64_t n0 = panel * layout.panel_rows, real = std::min(layout.panel_rows, args.N - n0);
+  const int64_t index = panel * layout.blocks + block;
+  uint16_t* rows = args.rows + index * layout.panel_rows;
+  uint8_t* steps = args.steps + index * layout.groups;
+  std::fill(steps, steps + layout.groups, uint8_t{0});  // also of groups that lie wholly beyond N
+  uint8_t counts[kSparseMostPanelRows];
+  int64_t place[kSparseBlock + 2] = {};  // place[c]: where the next row with c entries goes
+  for (int64_t r = 0; r < real; ++r) {
+    const Kept kept = kept_in(args, n0 + r, block);
+    counts[r] = static_cast<uint8_t>(__builtin_popcountll(kept.half[0]) + __builtin_popcountll(kept.half[1]));
+    ++place[counts[r]];
+  }
+  int64_t next = 0;
+  for (int64_t c = kSparseBlock; c >= 0; --c) {
+    const int64_t rows_of_count = place[c];
+    place[c] = next;
+    next += rows_of_count;
+  }
+  for (int64_t r = 0; r < real; ++r) {
+    const int64_t at = place[counts[r]]++;
+    rows[at] = static_cast<uint16_t>(r);
+    if (at % kSparseLanes == 0) steps[at / kSparseLanes] = counts[r];  // the first of a group has most
+  }
+  std::fill(rows + real, rows + layout.panel_rows, static_cast<uint16_t>(layout.panel_rows));
+}
+
+template <FloatType type>
+float weight_at(const void* row, int64_t k) {
+  if constexpr (type == FloatType::kFloat32) return static_cast<const float*>(row)[k];
+  return float_from_bfloat16(static_cast<const uint16_t*>(row)[k]);
+}
+
+// One row of a group: every kSparseLanes-th value and every kSparseLanes-th word.
+template <FloatType type>
+void pack_row(const SparsePack& args, int64_t n, int64_t block, int64_t steps, float* values,
+              uint8_t* columns) {
+  const int64_t words_end = (steps + kSparseWord - 1) / kSparseWord * kSparseWord;
+  const auto put_column = [&](int64_t s, int64_t column) {
+    columns[s / kSparseWord * kSparseLanes * kSparseWord + s % kSparseWord] = static_cast<uint8_t>(column);
+  };
+  int64_t s = 0;
+  if (n >= 0) {
+    const void* row = static_cast<const char*>(args.weight) + n * args.weight_stride * size_of(type);
+    const Kept kept = kept_in(args.order, n, block);
+    for (int64_t half = 0; half < 2; ++half) {
+      for (uint64_t bits = kept.half[half]; bits != 0; bits &= bits - 1, ++s) {
+        const int64_t column = 64 * half + __builtin_ctzll(bits);
+        values[s * kSparseLanes] = weight_at<type>(row, block * kSparseBlock + column);
+        put_column(s, column);
+      }
+    }
+  }
+  for (; s < words_end; ++s) {
+    if (s < steps) values[s * kSparseLanes] = 0.0f;
+    put_column(s, kSparseBlock);
+  }
+}
+
+template <FloatType type>
+void pack_block(const SparsePack& args, const SparseLayout& layout, int64_t panel, int64_t block,
+                const SparseStart& start) {
+  const int64_t index = panel * layout.blocks + block;
+  float* values = args.values + start.step * kSparseLanes;
+  uint8_t* columns = args.columns + start.word * kSparseLanes * kSparseWord;
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    const uint16_t* rows = args.order.rows + index * layout.panel_rows + g * kSparseLanes;
+    const int64_t steps = args.order.steps[index * layout.groups + g];
+    for (int64_t lane = 0; lane < kSparseLanes; ++lane) {
+      const int64_t n = rows[lane] < layout.panel_rows ? panel * layout.panel_rows + rows[lane] : -1;
+      pack_row<type>(args, n, block, steps, values + lane, columns + lane * kSparseWord);
+    }
+    values += steps * kSparseLanes;
+    columns += (steps + kSparseWord - 1) / kSparseWord * kSparseLanes * kSparseWord;
+  }
+}
+
+}  // namespace
+
+void sparse_order(const SparseOrder& args, int num_threads) {
+  const SparseLayout layout = sparse_layout(args.N, args.K);
+  parallel_for(layout.panels * layout.blocks, num_threads, [&](int64_t task, int) {
+    order_block(args, layout, task / layout.blocks, task % layout.blocks);
+  });
+}
+
+void sparse_starts(const SparseLayout& layout, const uint8_t* steps, SparseStart* starts) {
+  starts[0] = {0, 0};
+  for (int64_t i = 0; i < layout.panels * layout.blocks; ++i, steps += layout.groups) {
+    int step_count = 0, word_count = 0;  // at most 32 groups of at most 255 steps
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      step_count += steps[g];
+      word_count += (steps[g] + kSparseWord - 1) / kSparseWord;
+    }
+    starts[i + 1] = {starts[i].step + step_count, starts[i].word + word_count};
+  }
+}
+
+void sparse_pack(const SparsePack& args, int num_threads) {
+  const SparseLayout layout = sparse_layout(args.order.N, args.order.K);
+  std::vector<SparseStart> starts(static_cast<size_t>(layout.panels * layout.blocks + 1));
+  sparse_starts(layout, args.order.steps, starts.data());
+  parallel_for(layout.panels * layout.blocks, num_threads, [&](int64_t task, int) {
+    const auto pack =
+        args.type == FloatType::kFloat32 ? pack_block<FloatType::kFloat32> : pack_block<FloatType::kBfloat16>;
+    pack(args, layout, task / layout.blocks, task % layout.blocks, starts[static_cast<size_t>(task)]);
+  });
+}
+
+}  // namespace dtm_fast
