@@ -127,6 +127,17 @@ def test_odd_strides_and_misaligned_rows_change_nothing(isa: str, offset: int) -
         assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_tokens_and_variants_gives_the_same_bits(isa: str, dtype: torch.dtype) -> None:
+    x, weight, kept = random_case(64, 75, 601, dtype, 3)
+    packed = ops.pack_mask(kept)
+    batch = ops.masked_linear(x, weight, packed, backend="cpu")
+    for rows in range(1, 41):
+        few = ops.masked_linear(x[:rows], weight, packed, backend="cpu")
+        assert torch.equal(few, batch[:, :rows])
+        assert torch.equal(ops.masked_linear(x[:rows], weight, packed[1], backend="cpu"), few[1])
+
+
 def test_integers_are_exact(backend: str) -> None:
     x = torch.randint(-9, 10, (23, 400)).float()
     weight = torch.randint(-9, 10, (31, 400)).float()

@@ -31,17 +31,19 @@ struct GemmTile {
   int64_t variants, rows, cols, K;
   float* c;
   int64_t c_stride, c_variant_stride;
-  float* scratch;  // gemm_tile_scratch(rows) floats
+  float* scratch;  // gemm_tile_scratch(variants * (cols rounded up to 32)) floats
 };
 
 constexpr int64_t kGemmBlockK = 256;
 
-// Rows in a tile: a multiple of the 6 (AVX2) and 12 (AVX-512) rows that a micro-kernel keeps in registers,
-// small enough that a block of x ([240, 256] float32) stays in the second-level cache.
-constexpr int64_t kGemmTileRows = 240;
+// Rows in a tile at most: a tile of their sums, 384 wide, takes half of a second-level cache of 1 MiB.
+constexpr int64_t kGemmTileRows = 384;
 
-// A packed block of x and a packed panel of at most 32 weight rows.
-static constexpr int64_t gemm_tile_scratch(int64_t rows) { return (rows + 32) * kGemmBlockK; }
+// A block of at most 12 rows of x, and all weight rows of a block of K, in panels of 32. cols: times
+// variants.
+static constexpr int64_t gemm_tile_scratch(int64_t cols) {
+  return (12 + (cols + 31) / 32 * 32) * kGemmBlockK;
+}
 
 using GemmTileKernel = void(const GemmTile& tile);
 GemmTileKernel gemm_tile_avx2;

@@ -10,7 +10,7 @@ namespace dtm_fast {
 namespace {
 
 constexpr int64_t kPanelCols = 16;  // two vectors of weight rows
-constexpr int kTileRows = 6;        // 12 accumulators, 2 weight vectors, 1 broadcast: 15 of 16 registers
+constexpr int64_t kMaxRows = 6;     // 12 accumulators, 2 weight vectors, 1 broadcast: 15 of 16 registers
 
 template <FloatType type>
 __m256 load_8(const void* row, int64_t index) {
@@ -34,13 +34,13 @@ const void* row_of(const void* matrix, FloatType type, int64_t stride, int64_t r
   return static_cast<const char*>(matrix) + row * stride * size_of(type);
 }
 
-// scratch [rows, kGemmBlockK] = float32(x[:, k0 : k0 + depth])
+// out [rows, kGemmBlockK] = float32(x[i0 : i0 + rows, k0 : k0 + depth])
 template <FloatType type>
-void pack_x(const GemmTile& tile, int64_t k0, int64_t depth, float* scratch) {
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const void* row = row_of(tile.x, type, tile.x_stride, i);
+void pack_x(const GemmTile& tile, int64_t i0, int64_t rows, int64_t k0, int64_t depth, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const void* row = row_of(tile.x, type, tile.x_stride, i0 + i);
     for (int64_t k = 0; k < depth; k += 8) {
-      _mm256_storeu_ps(scratch + i * kGemmBlockK + k, load_up_to_8<type>(row, k0 + k, depth - k));
+      _mm256_storeu_ps(out + i * kGemmBlockK + k, load_up_to_8<type>(row, k0 + k, depth - k));
     }
   }
 }
@@ -93,50 +93,45 @@ void pack_panel(const GemmTile& tile, int64_t variant, int64_t j0, int64_t k0, i
   }
 }
 
-// c[0 : kRows, 0 : cols] += x[0 : kRows, :depth] @ panel, where x has row stride kGemmBlockK
+// c[0 : kRows, 0 : cols] = (first ? 0 : c) + x[0 : kRows, :depth] @ panel, where x has row stride kGemmBlockK
 template <int kRows>
-void multiply(const float* x, const float* panel, int64_t depth, float* c, int64_t c_stride, int64_t cols) {
+void multiply(const float* x, const float* panel, int64_t depth, bool first, float* c, int64_t c_stride,
+              int64_t cols) {
   __m256 sum[kRows][2];
+#pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
   for (int64_t k = 0; k < depth; ++k) {
     const __m256 w0 = _mm256_loadu_ps(panel + k * kPanelCols);
     const __m256 w1 = _mm256_loadu_ps(panel + k * kPanelCols + 8);
+#pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
       const __m256 value = _mm256_set1_ps(x[i * kGemmBlockK + k]);
       sum[i][0] = _mm256_fmadd_ps(value, w0, sum[i][0]);
       sum[i][1] = _mm256_fmadd_ps(value, w1, sum[i][1]);
     }
   }
+#pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
     float* row = c + i * c_stride;
-    if (cols == kPanelCols) {
-      _mm256_storeu_ps(row, _mm256_add_ps(_mm256_loadu_ps(row), sum[i][0]));
-      _mm256_storeu_ps(row + 8, _mm256_add_ps(_mm256_loadu_ps(row + 8), sum[i][1]));
-    } else {
-      alignas(32) float block[kPanelCols];
-      _mm256_store_ps(block, sum[i][0]);
-      _mm256_store_ps(block + 8, sum[i][1]);
-      for (int64_t j = 0; j < cols; ++j) row[j] += block[j];
-    }
+    alignas(32) float old[kPanelCols] = {};
+    if (!first) std::memcpy(old, row, static_cast<size_t>(cols) * sizeof(float));
+    _mm256_store_ps(old, _mm256_add_ps(_mm256_load_ps(old), sum[i][0]));
+    _mm256_store_ps(old + 8, _mm256_add_ps(_mm256_load_ps(old + 8), sum[i][1]));
+    std::memcpy(row, old, static_cast<size_t>(cols) * sizeof(float));
   }
 }
 
-void multiply_rows(const GemmTile& tile, const float* x, const float* panel, int64_t depth, float* c,
-                   int64_t cols) {
-  int64_t i = 0;
-  for (; i + kTileRows <= tile.rows; i += kTileRows) {
-    multiply<kTileRows>(x + i * kGemmBlockK, panel, depth, c + i * tile.c_stride, tile.c_stride, cols);
-  }
-  for (; i < tile.rows; ++i) {
-    multiply<1>(x + i * kGemmBlockK, panel, depth, c + i * tile.c_stride, tile.c_stride, cols);
-  }
-}
+using Multiply = void(const float* x, const float* panel, int64_t depth, bool first, float* c,
+                      int64_t c_stride, int64_t cols);
+constexpr Multiply* kMultiply[kMaxRows + 1] = {nullptr,     multiply<1>, multiply<2>, multiply<3>,
+                                               multiply<4>, multiply<5>, multiply<6>};
 
+// The loops are in the order of the AVX-512 twin.
 template <FloatType type>
 void gemm_tile(const GemmTile& tile) {
-  float* x = tile.scratch;
-  float* panel = tile.scratch + tile.rows * kGemmBlockK;
-  for (int64_t v = 0; v < tile.variants; ++v) {
+  float* const x = tile.scratch;
+  float* const panels = tile.scratch + kMaxRows * kGemmBlockK;
+  for (int64_t v = 0; v < tile.variants && tile.K == 0; ++v) {
     for (int64_t i = 0; i < tile.rows; ++i) {
       float* row = tile.c + v * tile.c_variant_stride + i * tile.c_stride;
       for (int64_t j = 0; j < tile.cols; ++j) row[j] = 0.0f;
@@ -144,13 +139,23 @@ void gemm_tile(const GemmTile& tile) {
   }
   for (int64_t k0 = 0; k0 < tile.K; k0 += kGemmBlockK) {
     const int64_t depth = tile.K - k0 < kGemmBlockK ? tile.K - k0 : kGemmBlockK;
-    pack_x<type>(tile, k0, depth, x);
-    for (int64_t j0 = 0; j0 < tile.cols; j0 += kPanelCols) {
-      const int64_t cols = tile.cols - j0 < kPanelCols ? tile.cols - j0 : kPanelCols;
-      // All variants of a panel follow each other, so that the weight is read from memory once.
-      for (int64_t v = 0; v < tile.variants; ++v) {
+    float* panel = panels;
+    for (int64_t v = 0; v < tile.variants; ++v) {
+      for (int64_t j0 = 0; j0 < tile.cols; j0 += kPanelCols, panel += kPanelCols * kGemmBlockK) {
         pack_panel<type>(tile, v, j0, k0, depth, panel);
-        multiply_rows(tile, x, panel, depth, tile.c + v * tile.c_variant_stride + j0, cols);
+      }
+    }
+    const int64_t blocks = (tile.rows + kMaxRows - 1) / kMaxRows;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t i0 = b * tile.rows / blocks, rows = (b + 1) * tile.rows / blocks - i0;
+      pack_x<type>(tile, i0, rows, k0, depth, x);
+      panel = panels;
+      for (int64_t v = 0; v < tile.variants; ++v) {
+        float* c = tile.c + v * tile.c_variant_stride + i0 * tile.c_stride;
+        for (int64_t j0 = 0; j0 < tile.cols; j0 += kPanelCols, panel += kPanelCols * kGemmBlockK) {
+          const int64_t cols = tile.cols - j0 < kPanelCols ? tile.cols - j0 : kPanelCols;
+          kMultiply[rows](x, panel, depth, k0 == 0, c + j0, tile.c_stride, cols);
+        }
       }
     }
   }

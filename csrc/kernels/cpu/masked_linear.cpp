@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "gemm_tile.h"
+#include "masked_few_tokens.h"
 #include "masked_linear_bfloat16.h"
 #include "parallel_for.h"
 #include "scratch_buffer.h"
@@ -11,20 +12,117 @@
 namespace dtm_fast {
 namespace {
 
-constexpr int64_t kTileCols = 64;
-// More masks than this are done in several passes, which bounds the scratch of a thread to half a megabyte.
+constexpr int64_t kPanelCols = 32;  // tiles are cut between panels
+// Of the columns of all masks of a tile: their packed panels and their sums share the second-level cache.
+constexpr int64_t kTileCols = 384;
 constexpr int64_t kTileVariants = 8;
+// A tile for few tokens is cut for the threads alone; more columns make longer streams through memory.
+constexpr int64_t kFewTokensCols = 256;
+constexpr int64_t kFewTokensVariants = 64;  // bounds the scratch
+// With fewer tasks than this for each thread, the last ones would keep the others waiting.
+constexpr int64_t kTasksPerThread = 6;
 
-void store_tile(const MaskedLinear& args, const GemmTile& tile, int64_t v0, int64_t m0, int64_t n0) {
-  for (int64_t v = 0; v < tile.variants; ++v) {
-    for (int64_t i = 0; i < tile.rows; ++i) {
-      float* row = tile.c + v * tile.c_variant_stride + i * tile.c_stride;
-      if (args.bias != nullptr) {
-        for (int64_t j = 0; j < tile.cols; ++j) row[j] += args.bias[n0 + j];
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// y cut into tiles as even as can be.
+class Tiling {
+ public:
+  Tiling(const MaskedLinear& args, int64_t most_rows, int64_t most_cols, int64_t most_variants,
+         int num_threads)
+      : args_(args),
+        panels_(ceil_div(args.N, kPanelCols)),
+        row_tiles_(ceil_div(args.M, most_rows)),
+        variant_tiles_(ceil_div(args.V, most_variants)),
+        col_tiles_(ceil_div(panels_, std::max<int64_t>(1, most_cols / kPanelCols))) {
+    const int64_t wanted = ceil_div(kTasksPerThread * num_threads, row_tiles_ * variant_tiles_);
+    if (num_threads > 1) col_tiles_ = std::min(panels_, std::max(col_tiles_, wanted));
+  }
+
+  int64_t tasks() const { return row_tiles_ * col_tiles_ * variant_tiles_; }
+  int64_t rows() const { return ceil_div(args_.M, row_tiles_); }
+  int64_t cols() const { return ceil_div(panels_, col_tiles_) * kPanelCols; }
+  int64_t variants() const { return ceil_div(args_.V, variant_tiles_); }
+
+  // Floats that a tile needs to keep its sums: none where they are the result.
+  int64_t sums() const { return sums_in_y() ? 0 : variants() * rows() * cols(); }
+
+  // Calls multiply(tile) for the tile of a task, which finds the sums at the beginning of scratch if it needs
+  // them, and stores what comes out in y. Row tiles of the same columns follow each other, so that their
+  // weights are read from memory once.
+  template <typename Multiply>
+  void run(int64_t task, float* scratch, const Multiply& multiply) const {
+    const int64_t r = task % row_tiles_, c = task / row_tiles_ % col_tiles_,
+                  v = task / row_tiles_ / col_tiles_;
+    const int64_t m0 = r * args_.M / row_tiles_, n0 = c * panels_ / col_tiles_ * kPanelCols;
+    const int64_t v0 = v * args_.V / variant_tiles_;
+    GemmTile tile;
+    tile.type = args_.type;
+    tile.x = static_cast<const char*>(args_.x) + m0 * args_.x_stride * size_of(args_.type);
+    tile.x_stride = args_.x_stride;
+    tile.weight = static_cast<const char*>(args_.weight) + n0 * args_.weight_stride * size_of(args_.type);
+    tile.weight_stride = args_.weight_stride;
+    tile.mask = args_.mask + v0 * args_.mask_variant_stride + n0 * args_.mask_row_stride;
+    tile.mask_row_stride = args_.mask_row_stride;
+    tile.mask_variant_stride = args_.mask_variant_stride;
+    tile.variants = (v + 1) * args_.V / variant_tiles_ - v0;
+    tile.rows = (r + 1) * args_.M / row_tiles_ - m0;
+    tile.cols = std::min(args_.N, (c + 1) * panels_ / col_tiles_ * kPanelCols) - n0;
+    tile.K = args_.K;
+    if (sums_in_y()) {
+      tile.c = static_cast<float*>(args_.y) + (v0 * args_.M + m0) * args_.N + n0;
+      tile.c_stride = args_.N;
+      tile.c_variant_stride = args_.M * args_.N;
+    } else {
+      tile.c = scratch;
+      tile.c_stride = cols();
+      tile.c_variant_stride = rows() * cols();
+    }
+    tile.scratch = scratch + sums();
+    multiply(tile);
+    store(tile, v0, m0, n0);
+  }
+
+ private:
+  // The rows of several variants lie too far apart: they would drive each other out of the caches.
+  bool sums_in_y() const { return args_.type == FloatType::kFloat32 && args_.V == 1; }
+
+  void store(const GemmTile& tile, int64_t v0, int64_t m0, int64_t n0) const {
+    if (args_.bias == nullptr && sums_in_y()) return;
+    for (int64_t v = 0; v < tile.variants; ++v) {
+      for (int64_t i = 0; i < tile.rows; ++i) {
+        float* row = tile.c + v * tile.c_variant_stride + i * tile.c_stride;
+        if (args_.bias != nullptr) {
+          for (int64_t j = 0; j < tile.cols; ++j) row[j] += args_.bias[n0 + j];
+        }
+        if (sums_in_y()) continue;
+        store_floats(args_.y, args_.type, ((v0 + v) * args_.M + m0 + i) * args_.N + n0, row, tile.cols);
       }
-      store_floats(args.y, args.type, ((v0 + v) * args.M + m0 + i) * args.N + n0, row, tile.cols);
     }
   }
+
+  const MaskedLinear& args_;
+  int64_t panels_, row_tiles_, variant_tiles_, col_tiles_;
+};
+
+void by_tiles(GemmTileKernel* gemm_tile, const MaskedLinear& args, int num_threads) {
+  const int64_t most_cols = kTileCols / std::min(args.V, kTileVariants);
+  const Tiling tiling(args, kGemmTileRows, most_cols, kTileVariants, num_threads);
+  const int64_t size = tiling.sums() + gemm_tile_scratch(tiling.variants() * tiling.cols());
+  ScratchBuffer<float> scratch(threads_used(tiling.tasks(), num_threads), size);
+  parallel_for(tiling.tasks(), num_threads,
+               [&](int64_t task, int thread) { tiling.run(task, scratch.part(thread), gemm_tile); });
+}
+
+void by_few_tokens(const MaskedLinear& args, int num_threads) {
+  const int64_t most_cols = args.V == 1 ? kFewTokensCols : kPanelCols;
+  const Tiling tiling(args, kFewTokens, most_cols, kFewTokensVariants, num_threads);
+  ScratchBuffer<float> x(1, few_tokens_x_size(args.M, args.K));
+  few_tokens_x_avx512(args.type, args.x, args.x_stride, args.M, args.K, x.part(0));
+  ScratchBuffer<float> scratch(threads_used(tiling.tasks(), num_threads), tiling.sums() + kFewTokensScratch);
+  parallel_for(tiling.tasks(), num_threads, [&](int64_t task, int thread) {
+    tiling.run(task, scratch.part(thread),
+               [&](const GemmTile& tile) { masked_few_tokens_avx512(tile, x.part(0)); });
+  });
 }
 
 }  // namespace
@@ -35,38 +133,12 @@ void masked_linear(CpuIsa isa, const MaskedLinear& args, int num_threads) {
     return masked_linear_bfloat16(args, num_threads);
   }
   GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa);
-  const int64_t row_tiles = (args.M + kGemmTileRows - 1) / kGemmTileRows;
-  const int64_t col_tiles = (args.N + kTileCols - 1) / kTileCols;
-  const int64_t variant_tiles = (args.V + kTileVariants - 1) / kTileVariants;
-  const int64_t tasks = row_tiles * col_tiles * variant_tiles;
-  const int64_t tile_rows = std::min(kGemmTileRows, args.M);
-  const int64_t c_size = std::min(kTileVariants, args.V) * tile_rows * kTileCols;
-  ScratchBuffer<float> scratch(threads_used(tasks, num_threads), c_size + gemm_tile_scratch(tile_rows));
-  parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
-    // Row tiles of one column tile follow each other, so that its weights are read from memory once.
-    const int64_t m0 = task % row_tiles * kGemmTileRows;
-    const int64_t n0 = task / row_tiles % col_tiles * kTileCols;
-    const int64_t v0 = task / row_tiles / col_tiles * kTileVariants;
-    GemmTile tile;
-    tile.type = args.type;
-    tile.x = static_cast<const char*>(args.x) + m0 * args.x_stride * size_of(args.type);
-    tile.x_stride = args.x_stride;
-    tile.weight = static_cast<const char*>(args.weight) + n0 * args.weight_stride * size_of(args.type);
-    tile.weight_stride = args.weight_stride;
-    tile.mask = args.mask + v0 * args.mask_variant_stride + n0 * args.mask_row_stride;
-    tile.mask_row_stride = args.mask_row_stride;
-    tile.mask_variant_stride = args.mask_variant_stride;
-    tile.variants = std::min(kTileVariants, args.V - v0);
-    tile.rows = std::min(kGemmTileRows, args.M - m0);
-    tile.cols = std::min(kTileCols, args.N - n0);
-    tile.K = args.K;
-    tile.c = scratch.part(thread);
-    tile.c_stride = kTileCols;
-    tile.c_variant_stride = tile_rows * kTileCols;
-    tile.scratch = tile.c + c_size;
-    gemm_tile(tile);
-    store_tile(args, tile, v0, m0, n0);
-  });
+  if (args.V == 0 || args.M == 0 || args.N == 0) return;
+  if (isa >= CpuIsa::kAvx512 && args.M <= kFewTokens) {
+    by_few_tokens(args, num_threads);
+  } else {
+    by_tiles(gemm_tile, args, num_threads);
+  }
 }
 
 }  // namespace dtm_fast

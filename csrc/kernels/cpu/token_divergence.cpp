@@ -15,9 +15,9 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Rows whose summaries are held at a time: 4 row tiles, about 1.5 MB for a vocabulary of 50,000. With wide
-// tiles, as many as share one reading of lm_head.
-constexpr int64_t kChunkRows = 4 * kGemmTileRows;
+// Rows whose summaries are held at a time: about 2 MB for a vocabulary of 50,000. With wide tiles, as many as
+// share one reading of lm_head.
+constexpr int64_t kChunkRows = 3 * kGemmTileRows;
 constexpr int64_t kWideChunkRows = 4 * kWideTileRows;
 
 // What the tiles of the vocabulary say of `rows` rows.
@@ -84,12 +84,12 @@ void summarize_chunk(CpuIsa isa, const TokenDivergence& args, int64_t t0, int64_
   SummarizeLogits* const summarize = isa >= CpuIsa::kAvx512 ? summarize_logits_avx512 : summarize_logits_avx2;
   const int64_t row_tiles = (rows + kGemmTileRows - 1) / kGemmTileRows;
   const int64_t tasks = row_tiles * summaries.tiles();
-  const int64_t tile_rows = std::min(kGemmTileRows, rows);
+  const int64_t tile_rows = (rows + row_tiles - 1) / row_tiles;
   const int64_t c_size = tile_rows * kVocabularyTile;
-  ScratchBuffer<float> scratch(threads_used(tasks, num_threads), c_size + gemm_tile_scratch(tile_rows));
+  ScratchBuffer<float> scratch(threads_used(tasks, num_threads), c_size + gemm_tile_scratch(kVocabularyTile));
   parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
     // Row tiles of one vocabulary tile follow each other, so that its weights are read from memory once.
-    const int64_t i0 = task % row_tiles * kGemmTileRows;
+    const int64_t i0 = task % row_tiles * tile_rows;
     const int64_t v0 = task / row_tiles * kVocabularyTile;
     GemmTile tile = {};
     tile.type = args.type;
@@ -98,7 +98,7 @@ void summarize_chunk(CpuIsa isa, const TokenDivergence& args, int64_t t0, int64_
     tile.weight = static_cast<const char*>(args.lm_head) + v0 * args.lm_head_stride * size_of(args.type);
     tile.weight_stride = args.lm_head_stride;
     tile.variants = 1;
-    tile.rows = std::min(kGemmTileRows, rows - i0);
+    tile.rows = std::min(tile_rows, rows - i0);
     tile.cols = std::min(kVocabularyTile, args.V - v0);
     tile.K = args.D;
     tile.c = scratch.part(thread);

@@ -1,0 +1,187 @@
+// The parts that matrix products in AVX-512 share: panels of 32 weight rows, transposed, and the
+// register-blocked micro-kernel that multiplies them (Goto & van de Geijn, "Anatomy of High-Performance
+// Matrix Multiplication", ACM TOMS 34(3), 2008). Included only by files compiled for at least AVX-512;
+// everything is in an anonymous namespace, so that no copy can reach a file of a lower instruction set.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "avx512_vectors.h"
+#include "gemm_tile.h"
+
+// Loops over the rows of a micro-kernel are unrolled, or GCC keeps the sums in memory; not under
+// AddressSanitizer, whose checks of every access would make them too long to compile.
+#if defined(__SANITIZE_ADDRESS__)
+#define DTM_FAST_UNROLL
+#else
+#define DTM_FAST_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace dtm_fast {
+namespace {
+
+constexpr int64_t kPanelCols = 32;  // two vectors of weight rows
+constexpr int64_t kPanelSize = kPanelCols * kGemmBlockK;
+constexpr int64_t kMaxRows = 12;  // 24 accumulators, 2 weight vectors, 1 broadcast: 27 of 32 registers
+
+inline const char* element(const void* matrix, FloatType type, int64_t stride, int64_t row, int64_t k) {
+  return static_cast<const char*>(matrix) + (row * stride + k) * size_of(type);
+}
+
+// out [rows, kGemmBlockK] = float32(x[i0 : i0 + rows, k0 : k0 + depth]), and zeros up to the next multiple of
+// 32 of depth
+template <FloatType type>
+void pack_x(const GemmTile& tile, int64_t i0, int64_t rows, int64_t k0, int64_t depth, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const void* row = element(tile.x, type, tile.x_stride, i0 + i, k0);
+    for (int64_t k = 0; k < depth; k += 32) {
+      float* to = out + i * kGemmBlockK + k;
+      _mm512_storeu_ps(to, load_16<type>(row, k, first_lanes(depth - k)));
+      _mm512_storeu_ps(to + 16, load_16<type>(row, k + 16, depth - k > 16 ? first_lanes(depth - k - 16) : 0));
+    }
+  }
+}
+
+// Bits k .. k + 31 of a mask row of K bits, zeros behind its last byte; the row is not read beyond that.
+inline uint32_t mask_bits(const uint8_t* mask_row, int64_t k, int64_t K) {
+  uint32_t bits = 0;
+  if (k + 32 <= K) {
+    std::memcpy(&bits, mask_row + k / 8, sizeof bits);
+  } else {
+    for (int64_t b = 0; k + 8 * b < K; ++b) bits |= uint32_t{mask_row[k / 8 + b]} << (8 * b);
+  }
+  return bits;
+}
+
+// k that one vector of a weight row holds.
+template <FloatType type>
+constexpr int64_t kVectorK = 64 / size_of(type);
+
+// r[i] lane j = weight[j0 + j, k0 + i] (bfloat16: the pair at k0 + 2 * i), zero where the mask says so,
+// beyond the tile and for i >= depth. mask (of row 0 of the tile) may be nullptr. Weights that are masked out
+// are never read, so what they hold does not count. Asks ahead for the same vector of the 16 rows at `next`.
+template <FloatType type>
+inline void load_transposed(const GemmTile& tile, const uint8_t* mask, int64_t j0, int64_t k0, int64_t depth,
+                            const char* next, __m512i r[16]) {
+  const int64_t rows = tile.cols - j0 < 16 ? tile.cols - j0 : 16;
+  const uint32_t inside = depth >= 32 ? ~uint32_t{0} : (uint32_t{1} << depth) - 1;
+  for (int64_t j = 0; j < 16; ++j) {
+    r[j] = _mm512_setzero_si512();
+    if (j >= rows) continue;
+    _mm_prefetch(next + j * tile.weight_stride * size_of(type), _MM_HINT_T1);
+    uint32_t lanes = inside;
+    if (mask != nullptr) lanes &= mask_bits(mask + (j0 + j) * tile.mask_row_stride, k0, tile.K);
+    const void* weights = element(tile.weight, type, tile.weight_stride, j0 + j, k0);
+    r[j] = type == FloatType::kFloat32 ? _mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), weights)
+                                       : _mm512_maskz_loadu_epi16(lanes, weights);
+  }
+  transpose_16x16(r);
+}
+
+// The lower and the higher of the pairs of bfloat16 in the lanes.
+inline __m512i lower_of_pairs(__m512i pairs) { return _mm512_slli_epi32(pairs, 16); }
+inline __m512i higher_of_pairs(__m512i pairs) {
+  return _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+
+// 16 columns of a panel: panel[k * kPanelCols + j] = float32(weight[j0 + j, k0 + k]) for k < depth, and zeros
+// up to the next multiple of kVectorK.
+template <FloatType type>
+void pack_16_columns(const GemmTile& tile, const uint8_t* mask, int64_t j0, int64_t k0, int64_t depth,
+                     const char* next, float* panel) {
+  for (int64_t k = 0; k < depth; k += kVectorK<type>) {
+    __m512i r[16];
+    load_transposed<type>(tile, mask, j0, k0 + k, depth - k, next + k * size_of(type), r);
+    for (int64_t i = 0; i < 16; ++i) {
+      if (type == FloatType::kFloat32) {
+        _mm512_storeu_si512(panel + (k + i) * kPanelCols, r[i]);
+      } else {
+        _mm512_storeu_si512(panel + (k + 2 * i) * kPanelCols, lower_of_pairs(r[i]));
+        _mm512_storeu_si512(panel + (k + 2 * i + 1) * kPanelCols, higher_of_pairs(r[i]));
+      }
+    }
+  }
+}
+
+// Where the lane masks of row k of a panel are: those of its first vector; the second's are 64 further. In
+// this order transpose_mask stores them, four k at a time.
+inline int64_t kept_index(int64_t k) { return k / 64 * 128 + k / 8 % 2 * 32 + k % 8 * 4 + k / 16 % 4; }
+
+// c[0 : kRows, 0 : cols] = (first ? 0 : c) + x[0 : kRows, :depth] @ panel, where x has row stride
+// kGemmBlockK. kept: nullptr, or the lane masks that say where the panel counts.
+template <int kRows, bool kMasked>
+void multiply(const float* x, const float* panel, const __mmask16* kept, int64_t depth, bool first, float* c,
+              int64_t c_stride, int64_t cols) {
+  __m512 sum[kRows][2];
+  DTM_FAST_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    _mm_prefetch(reinterpret_cast<const char*>(c + i * c_stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(c + i * c_stride + cols - 1), _MM_HINT_T0);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* w = panel + k * kPanelCols;
+    const __mmask16* lanes = kMasked ? kept + kept_index(k) : nullptr;
+    const __m512 w0 = kMasked ? _mm512_maskz_loadu_ps(lanes[0], w) : _mm512_loadu_ps(w);
+    const __m512 w1 = kMasked ? _mm512_maskz_loadu_ps(lanes[64], w + 16) : _mm512_loadu_ps(w + 16);
+    DTM_FAST_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const __m512 value = _mm512_set1_ps(x[i * kGemmBlockK + k]);
+      sum[i][0] = _mm512_fmadd_ps(value, w0, sum[i][0]);
+      sum[i][1] = _mm512_fmadd_ps(value, w1, sum[i][1]);
+    }
+  }
+  const __mmask16 lanes0 = first_lanes(cols);
+  const __mmask16 lanes1 = cols > 16 ? first_lanes(cols - 16) : __mmask16{0};
+  const __mmask16 old0 = first ? __mmask16{0} : lanes0, old1 = first ? __mmask16{0} : lanes1;
+  DTM_FAST_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    float* row = c + i * c_stride;
+    _mm512_mask_storeu_ps(row, lanes0, _mm512_add_ps(_mm512_maskz_loadu_ps(old0, row), sum[i][0]));
+    _mm512_mask_storeu_ps(row + 16, lanes1, _mm512_add_ps(_mm512_maskz_loadu_ps(old1, row + 16), sum[i][1]));
+  }
+}
+
+using Multiply = void(const float* x, const float* panel, const __mmask16* kept, int64_t depth, bool first,
+                      float* c, int64_t c_stride, int64_t cols);
+
+// By the number of rows.
+template <bool kMasked>
+constexpr Multiply* kMultiply[kMaxRows + 1] = {nullptr,
+                                               multiply<1, kMasked>,
+                                               multiply<2, kMasked>,
+                                               multiply<3, kMasked>,
+                                               multiply<4, kMasked>,
+                                               multiply<5, kMasked>,
+                                               multiply<6, kMasked>,
+                                               multiply<7, kMasked>,
+                                               multiply<8, kMasked>,
+                                               multiply<9, kMasked>,
+                                               multiply<10, kMasked>,
+                                               multiply<11, kMasked>,
+                                               multiply<12, kMasked>};
+
+// Calls run(first row, rows) for blocks of at most kMaxRows, as even as can be: a block of few rows leaves
+// the multipliers waiting for each other.
+template <typename Run>
+void for_each_row_block(int64_t rows, const Run& run) {
+  const int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t i = b * rows / blocks;
+    run(i, (b + 1) * rows / blocks - i);
+  }
+}
+
+inline void set_to_zero(const GemmTile& tile) {
+  for (int64_t v = 0; v < tile.variants; ++v) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      float* row = tile.c + v * tile.c_variant_stride + i * tile.c_stride;
+      for (int64_t j = 0; j < tile.cols; ++j) row[j] = 0.0f;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dtm_fast
