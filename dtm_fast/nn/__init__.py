@@ -6,5 +6,6 @@ not what these layers compute.
 
 from dtm_fast.nn.int8_linear import Int8Linear
 from dtm_fast.nn.masked_linear import MaskedLinear
+from dtm_fast.nn.sparse_linear import SparseLinear
 
-__all__ = ["Int8Linear", "MaskedLinear"]
+__all__ = ["Int8Linear", "MaskedLinear", "SparseLinear"]

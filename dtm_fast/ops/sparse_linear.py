@@ -36,10 +36,25 @@ def sparse_linear(
     if not isinstance(weight, SparseWeight):
         raise TypeError(f"weight: expected a SparseWeight, got {type(weight).__name__}")
     tensors = (weight.values, weight.columns, weight.rows, weight.steps)
+    return packed_sparse_linear(x, *tensors, weight.N, weight.K, bias, backend)
+
+
+def packed_sparse_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    columns: torch.Tensor,
+    rows: torch.Tensor,
+    steps: torch.Tensor,
+    N: int,  # noqa: N803
+    K: int,  # noqa: N803
+    bias: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """As sparse_linear, of the tensors of a SparseWeight."""
     if torch.compiler.is_compiling():
-        checks.no_gradient_needed("sparse_linear", x, weight.values, bias)  # the operator has none
-        return cast(torch.Tensor, _OPERATOR(x, *tensors, weight.N, weight.K, bias, backend))
-    return _run(x, *tensors, weight.N, weight.K, bias, backend)
+        checks.no_gradient_needed("sparse_linear", x, values, bias)  # the operator has none
+        return cast(torch.Tensor, _OPERATOR(x, values, columns, rows, steps, N, K, bias, backend))
+    return _run(x, values, columns, rows, steps, N, K, bias, backend)
 
 
 def sparse_linear_reference(

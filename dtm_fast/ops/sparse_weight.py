@@ -107,6 +107,22 @@ class SparseWeight:
         packed = (_pack_cpu if chosen == "cpu" else pack_sparse_reference)(weight, mask)
         return _trusted(*packed, *weight.shape)
 
+    @classmethod
+    def empty(cls, N: int, K: int, device: torch.device | str | None = None) -> SparseWeight:  # noqa: N803
+        """A weight [N, K] of which nothing is kept."""
+        cut = layout(N, K)
+        places = torch.arange(cut.rows, device=device)
+        real = N - torch.arange(cut.panels, device=device) * cut.rows
+        rows = torch.where(places < real[:, None], places, cut.rows).to(torch.int16)
+        return _trusted(
+            torch.zeros((0, LANES), device=device, dtype=torch.float32),
+            torch.zeros((0, LANES, WORD), device=device, dtype=torch.uint8),
+            rows[:, None].repeat(1, cut.blocks, 1),
+            torch.zeros((cut.panels, cut.blocks, cut.groups), device=device, dtype=torch.uint8),
+            N,
+            K,
+        )
+
     @property
     def nnz(self) -> int:
         """How many entries are kept."""

@@ -1,0 +1,141 @@
+"""Linear layer over the kept entries of a pruned weight, for inference."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtm_fast import ops
+from dtm_fast.ops.sparse_linear import packed_sparse_linear
+
+_PACKED = ("values", "columns", "rows", "steps")
+
+
+class SparseLinear(nn.Module):
+    """Multiplies by the kept entries of a weight, packed once: `ops.sparse_linear` as a layer.
+
+    Its state is the packed weight (`values`, `columns`, `rows`, `steps`, as SparseWeight describes them) and
+    `bias` [N]. All are buffers: nothing here is trained, and where autograd would need a gradient through the
+    layer, it raises. Casting (`.to(dtype)`, `.half()`) casts the bias only, which must be in the dtype of the
+    input. A state with more or fewer kept entries than the layer has loads as well; it is checked whole.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is one.
+        device: of the buffers.
+        dtype: of the bias; None is torch's default.
+
+    Nothing is kept until a state is loaded; `from_linear` makes a layer out of another.
+    """
+
+    in_features: int
+    out_features: int
+    values: torch.Tensor
+    columns: torch.Tensor
+    rows: torch.Tensor
+    steps: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        empty = ops.SparseWeight.empty(out_features, in_features, device)
+        for name in _PACKED:
+            self.register_buffer(name, getattr(empty, name))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: torch.Tensor | None = None) -> "SparseLinear":
+        """Packs the weight of `linear` that a mask keeps; without a mask, what is not 0.
+
+        Args:
+            linear: float32 or bfloat16; not changed. The bias is copied.
+            mask: bool [N, K], or packed by ops.pack_mask, uint8 [N, ceil(K / 8)]; None keeps what is not 0.
+
+        Raises:
+            TypeError: linear is no torch.nn.Linear of such a dtype, or mask is neither bool nor uint8.
+            ValueError: shape or device of the mask does not fit, or it has bits set beyond K.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        if mask is not None and mask.dtype == torch.bool:
+            if mask.shape != linear.weight.shape:
+                raise ValueError(f"mask: expected shape {list(linear.weight.shape)}, got {list(mask.shape)}")
+            mask = ops.pack_mask(mask)
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        packed = ops.SparseWeight.pack(linear.weight, mask)
+        for name in _PACKED:
+            setattr(layer, name, getattr(packed, name))
+        if linear.bias is not None:
+            layer.bias = linear.bias.detach().clone()
+        return layer.train(linear.training)
+
+    @property
+    def weight(self) -> ops.SparseWeight:
+        """The packed weight, checked."""
+        return ops.SparseWeight(
+            self.values, self.columns, self.rows, self.steps, self.out_features, self.in_features
+        )
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """The torch.nn.Linear of the weight with 0 where nothing is kept; None is torch's default dtype."""
+        dtype = dtype or torch.get_default_dtype()
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.to_dense().to(dtype))
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype, copy=True))
+        return linear.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`ops.sparse_linear(x, weight, bias)`: [..., K], float32 or bfloat16, to [..., N]."""
+        packed = (self.values, self.columns, self.rows, self.steps)
+        return packed_sparse_linear(x, *packed, self.out_features, self.in_features, self.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, as torch.nn.Linear prints them."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SparseLinear":
+        """Moves the weight wherever torch moves it, but keeps its values as they are."""
+        values = self.values
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.values.dtype != values.dtype:
+            self.values = values.to(self.values.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes as many kept entries as the state has, if they are a weight of this shape."""
+        if all(prefix + name in state_dict for name in _PACKED):
+            packed: list[torch.Tensor] = [state_dict[prefix + name] for name in _PACKED]
+            values, columns, rows, steps = packed
+            try:
+                ops.SparseWeight(values, columns, rows, steps, self.out_features, self.in_features)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}{error}")
+                return
+            for name, each in zip(_PACKED, packed, strict=True):
+                setattr(self, name, getattr(self, name).new_empty(each.shape))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
