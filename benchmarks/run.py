@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    certified_divergence_cases,
     figures,
     int8_linear_cases,
     machine,
     masked_linear_cases,
-    not_built,
     sparse_linear_cases,
     table,
     token_divergence_cases,
@@ -36,6 +36,9 @@ OPERATIONS: dict[str, Callable[[bool], list[Case]]] = {
     "masked_linear": lambda _quick: masked_linear_cases.cases(),
     "sparse_linear": lambda _quick: sparse_linear_cases.cases(),
     "token_divergence": lambda quick: token_divergence_cases.cases(large=not quick),
+    "certified token_divergence": lambda quick: certified_divergence_cases.cases(
+        certified_divergence_cases.QUICK_EVERY if quick else 1
+    ),
 }
 
 
@@ -103,14 +106,13 @@ def row_json(result: Result, limits: Limits) -> dict[str, Any]:
 def report_json(
     about: dict[str, Any], results: Sequence[Result], limits: Limits, quick: bool, whole: bool
 ) -> dict[str, Any]:
-    found = verdicts(results, limits) + (not_built.verdicts() if whole else [])
     return {
         "machine": about,
         "quick": quick,
         "whole": whole,
         "limits": limits.as_json(),
         "rows": [row_json(each, limits) for each in results],
-        "verdicts": [vars(each) for each in found],
+        "verdicts": [vars(each) for each in verdicts(results, limits)],
     }
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import figures, not_built, run, table
+from benchmarks import figures, run, table
 from benchmarks.case import Case, Result
 from benchmarks.goals import Goal
 from benchmarks.interleave import Timing
@@ -61,13 +61,6 @@ def test_the_page_tells_losses_and_who_is_missing() -> None:
     assert "| int8_amx | not available: no such instruction |" in page
     assert "A quick run" in page
     assert "Load average at the start 0.10, 0.20, 0.30" in page
-
-
-def test_operations_that_do_not_exist_stay_in_the_table() -> None:
-    page = table.page(made_up_report(), "file.json")
-    for each in not_built.verdicts():
-        assert each.row in page
-    assert "not built yet" in page
 
 
 def test_times_have_units() -> None:
