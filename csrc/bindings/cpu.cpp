@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../kernels/cpu/apply_mask.h"
+#include "../kernels/cpu/certificate_threats.h"
 #include "../kernels/cpu/cpu_features.h"
 #include "../kernels/cpu/int8_linear.h"
 #include "../kernels/cpu/mask_bits.h"
@@ -156,6 +157,16 @@ PYBIND11_MODULE(_cpu, module) {
             {FloatType(type), pointer<void>(hidden), hidden_stride, pointer<void>(lm_head), lm_head_stride,
              pointer<int64_t>(reference), T, V, D, pointer<uint8_t>(mismatch), pointer<float>(nll)},
             num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "certificate_threats",
+      [](int num_threads, int type, Address hidden, int64_t hidden_stride, Address base, Address radius,
+         int64_t P, int64_t D, int64_t R, float enlarged, float added, Address threats) {
+        certificate_threats({FloatType(type), pointer<void>(hidden), hidden_stride, pointer<void>(base),
+                             pointer<float>(radius), P, D, R, enlarged, added, pointer<int64_t>(threats)},
+                            num_threads);
       },
       ReleaseGil());
 }

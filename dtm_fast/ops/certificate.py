@@ -110,7 +110,7 @@ class Certificate:
         if lm_head.shape[0] == 0:
             raise ValueError("lm_head: expected at least one token (V >= 1), got shape [0, D]")
         stages = _stages(k)
-        hidden, lm_head = hidden.detach().clone(), lm_head.detach()
+        hidden, lm_head = hidden.detach().contiguous().clone(), lm_head.detach()
         rows = hidden.flatten(0, 1)
         kept = min(stages[-1], lm_head.shape[0] - 1)
         norm = torch.cat([norm_above(part) for part in lm_head.split(_TILE)])
@@ -139,11 +139,6 @@ class Certificate:
             raise ValueError("certificate: built for another lm_head than the one given")
         if self.version is not None and _version(self.lm_head) != self.version:
             raise ValueError("certificate: lm_head was changed in place since the certificate was built")
-
-    def distance(self, hidden: torch.Tensor) -> torch.Tensor:
-        """An upper bound of ‖hidden - base‖, [P, D] -> [P] float32; NaN or inf where hidden is not finite."""
-        # Each difference is off by u at most, or by what underflows: both are within what norm_above adds.
-        return norm_above(hidden.float() - self.hidden.flatten(0, 1).float())
 
 
 def _stages(k: int | Sequence[int]) -> tuple[int, ...]:

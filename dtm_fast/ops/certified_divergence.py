@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from dtm_fast.ops.certificate import Certificate
+from dtm_fast.ops.certificate_threats import count_threats
 
 _ROWS = 256  # positions screened at a time: with a byte per token, 64 MiB for a vocabulary of 262,144
 _TILE = 4096
@@ -22,6 +23,7 @@ def certified_mismatch(
     reference: torch.Tensor,
     certificate: Certificate,
     mismatch_of: Mismatch,
+    native_code: bool,
 ) -> tuple[torch.Tensor, dict[str, int]]:
     """`mismatch_of(hidden, lm_head, reference)`, and how many positions each stage settled.
 
@@ -36,8 +38,9 @@ def certified_mismatch(
         reference: int64 [P].
         certificate: built for lm_head and P positions.
         mismatch_of: the full op, whose result for a row must not depend on the other rows and tokens.
+        native_code: whether the CPU kernels may run.
     """
-    threats = (~(certificate.distance(hidden)[:, None] < certificate.radius)).sum(1)
+    threats = count_threats(hidden, certificate.hidden.flatten(0, 1), certificate.radius, native_code)
     mismatch = reference != certificate.top
     settled = {"radius": int((threats == 0).sum())}
 

@@ -31,4 +31,9 @@ def tie_width(dtype: torch.dtype) -> float:
 def norm_above(rows: torch.Tensor) -> torch.Tensor:
     """An upper bound of the Euclidean norm of each row [..., D] -> [...] float32."""
     norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return norm.float() * ENLARGED + (rows.shape[-1] + 1) * _DENORMALS
+    return norm.float() * ENLARGED + norm_excess(rows.shape[-1])
+
+
+def norm_excess(depth: int) -> float:
+    """What norm_above adds for `depth` elements."""
+    return (depth + 1) * _DENORMALS

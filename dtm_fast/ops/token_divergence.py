@@ -209,7 +209,12 @@ def _certified(
     run = _prepare(hidden, lm_head, reference, backend)
     certificate.check(hidden, lm_head)
     mismatch, settled = certified_mismatch(
-        hidden.flatten(0, 1), lm_head, reference.flatten(), certificate, lambda *rows: run(*rows)[0]
+        hidden.flatten(0, 1),
+        lm_head,
+        reference.flatten(),
+        certificate,
+        lambda *rows: run(*rows)[0],
+        native_code=run is _mismatch_and_nll_cpu,
     )
     mismatch = mismatch.reshape(reference.shape)
     return CertifiedDivergence(mismatch, *_first_and_count(mismatch), settled)
