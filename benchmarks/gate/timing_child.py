@@ -73,6 +73,37 @@ def _masked_linear(M: int, K: int, N: int, dtype: torch.dtype, masks: int = 1) -
     return Case("masked_linear", f"({M}, {K}, {N}){several} {_short(dtype)}", prepare)
 
 
+def _sparse_linear(M: int, K: int, N: int, density: float) -> Case:  # noqa: N803
+    def prepare(ops: Any, generator: torch.Generator) -> Call:
+        x = torch.randn(M, K, generator=generator)
+        weight = ops.SparseWeight.pack(*_pruned(ops, N, K, density, generator))
+        return lambda: ops.sparse_linear(x, weight)
+
+    return Case("sparse_linear", f"({M}, {K}, {N}) density {density} float32", prepare, ("SparseWeight",))
+
+
+def _pack_sparse(ops: Any, generator: torch.Generator) -> Call:
+    weight, mask = _pruned(ops, 4096, 4096, 0.1, generator)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        packed = ops.SparseWeight.pack(weight, mask)
+        return packed.values, packed.columns
+
+    return call
+
+
+def _pruned(
+    ops: Any,
+    N: int,  # noqa: N803
+    K: int,  # noqa: N803
+    density: float,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [N, K] and a packed mask that keeps about so many of its entries."""
+    kept = torch.rand(N, K, generator=generator) < density
+    return torch.randn(N, K, generator=generator), ops.pack_mask(kept)
+
+
 def _token_divergence(positions: int, dtype: torch.dtype, certified: bool = False) -> Case:
     def prepare(ops: Any, generator: torch.Generator) -> Call:
         hidden = torch.randn(4, positions // 4, _WIDTH, generator=generator).to(dtype)
@@ -122,6 +153,9 @@ CASES = (
     _masked_linear(256, 4096, 4096, torch.bfloat16),
     _masked_linear(1, 4096, 4096, torch.float32),
     _masked_linear(256, 576, 1536, torch.float32, masks=8),
+    _sparse_linear(2048, 576, 1536, 0.1),
+    _sparse_linear(1, 4096, 4096, 0.1),
+    Case("sparse_linear", "pack (4096, 4096) density 0.1", _pack_sparse, ("SparseWeight",)),
     _token_divergence(256, torch.float32),
     _token_divergence(256, torch.bfloat16),
     _token_divergence(256, torch.float32, certified=True),

@@ -10,6 +10,8 @@
 #include "../kernels/cpu/mask_bits.h"
 #include "../kernels/cpu/masked_linear.h"
 #include "../kernels/cpu/quantize_int8.h"
+#include "../kernels/cpu/sparse_linear.h"
+#include "../kernels/cpu/sparse_pack.h"
 #include "../kernels/cpu/token_divergence.h"
 #include "check.h"
 
@@ -123,6 +125,27 @@ int main() {
     masked_linear(isa,
                   {type, a.floats(type), s.K, a.floats(type), s.K, a.bytes.data(), row_bytes, s.N * row_bytes,
                    a.scales.data(), kVariants, s.M, s.N, s.K, a.results.data()},
+                  threads);
+  });
+  // A weight of one panel and one block, with room for all entries of the rows up to a multiple of the lanes.
+  std::vector<uint16_t> rows(static_cast<size_t>(kSparseMostPanelRows));
+  std::vector<uint8_t> steps(rows.size() / kSparseLanes), columns(rows.size() * kMaxK);
+  std::vector<float> values(columns.size());
+  check("sparse_pack and sparse_linear", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    const SparseOrder order = {a.bytes.data(), (s.K + 7) / 8, s.N, s.K, rows.data(), steps.data()};
+    sparse_order(order, threads);
+    sparse_pack({type, a.floats(type), s.K, order, values.data(), columns.data()}, threads);
+    SparseStart starts[2];
+    sparse_starts(sparse_layout(s.N, s.K), steps.data(), starts);
+    const SparseStart end = s.N == 0 || s.K == 0 ? SparseStart{0, 0} : starts[1];
+    sparse_linear(isa,
+                  {type,
+                   a.floats(type),
+                   s.K,
+                   {values.data(), end.step, columns.data(), end.word, rows.data(), steps.data(), s.N, s.K},
+                   a.scales.data(),
+                   s.M,
+                   a.results.data()},
                   threads);
   });
   check("token_divergence", [&](CpuIsa isa, Shape s, FloatType type, int threads) {

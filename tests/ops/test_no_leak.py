@@ -48,6 +48,16 @@ def masked_linear() -> Call:
     return lambda: ops.masked_linear(x, weight, mask)
 
 
+def pack_sparse() -> Call:
+    weight, mask = torch.randn(70, 33), ops.pack_mask(torch.rand(70, 33) < 0.5)
+    return lambda: ops.SparseWeight.pack(weight, mask)
+
+
+def sparse_linear() -> Call:
+    x, weight = torch.randn(9, 33), ops.SparseWeight.pack(torch.randn(70, 33))
+    return lambda: ops.sparse_linear(x, weight)
+
+
 def token_divergence() -> Call:
     hidden, head, reference = torch.randn(2, 3, 16), torch.randn(300, 16), torch.randint(0, 300, (2, 3))
     return lambda: ops.token_divergence(hidden, head, reference)
@@ -84,6 +94,8 @@ def resident_bytes() -> int:
         unpack_mask,
         apply_mask,
         masked_linear,
+        pack_sparse,
+        sparse_linear,
         token_divergence,
         certified_token_divergence,
         refused,

@@ -52,13 +52,14 @@ class Product {
       const int64_t first = task % chunks * chunk, end = std::min(layout_.panels, first + chunk);
       float* xt = scratch.part(thread);
       float* c = xt + xt_size;
-      std::fill(c, c + (end - first) * panel_size, 0.0f);
+      if (layout_.blocks == 0) std::fill(c, c + (end - first) * panel_size, 0.0f);
       for (int64_t b = 0; b < layout_.blocks; ++b) {
         const int64_t k0 = b * kSparseBlock;
         kernels_.transpose_x(args_.type, x_row(m0), args_.x_stride, k0,
                              std::min(kSparseBlock, args_.weight.K - k0), tokens, xt);
         for (int64_t p = first; p < end; ++p) {
-          kernels_.multiply(block(p, b), xt, tokens, c + (p - first) * panel_size);
+          kernels_.multiply(block(p, b), xt, tokens, b == 0, y_ahead(m0, tokens, b, p),
+                            c + (p - first) * panel_size);
         }
       }
       for (int64_t p = first; p < end; ++p) {
@@ -107,6 +108,14 @@ class Product {
             args_.weight.columns + start.word * kSparseLanes * kSparseWord,
             args_.weight.rows + index * layout_.panel_rows, args_.weight.steps + index * layout_.groups,
             layout_.groups};
+  }
+
+  // The tokens of a panel of y, shared out among the blocks.
+  SparseAhead y_ahead(int64_t m0, int64_t tokens, int64_t b, int64_t panel) const {
+    const int64_t n0 = panel * layout_.panel_rows, rows = std::min(layout_.panel_rows, args_.weight.N - n0);
+    const int64_t begin = tokens * b / layout_.blocks, end = tokens * (b + 1) / layout_.blocks;
+    return {static_cast<const char*>(y_row(m0 + begin)) + n0 * size_of(args_.type),
+            args_.weight.N * size_of(args_.type), end - begin, rows * size_of(args_.type)};
   }
 
   const void* x_row(int64_t m) const {

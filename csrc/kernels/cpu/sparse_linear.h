@@ -28,7 +28,8 @@ struct SparseLinear {
 };
 
 // Throws std::invalid_argument if the steps do not sum up to value_steps and column_words. Whatever else the
-// packed tensors hold, nothing outside of them is read and nothing outside of y is written.
+// packed tensors hold, nothing outside of them is read and nothing outside of y is written; but where no
+// entry of `rows` names a row of the weight, its outputs are undefined.
 void sparse_linear(CpuIsa isa, const SparseLinear& args, int num_threads);
 
 // One block of a panel, as the kernels see it.
@@ -38,6 +39,13 @@ struct SparseBlock {
   const uint16_t* rows;
   const uint8_t* steps;
   int64_t groups;
+};
+
+// A part of y, `rows` rows of row_bytes each, stride bytes apart: fetched little by little while a block is
+// multiplied, which leaves the memory idle, so that storing y need not wait for it.
+struct SparseAhead {
+  const char* address;
+  int64_t stride, rows, row_bytes;
 };
 
 // Tokens of a tile; x and c have this row stride.
@@ -50,9 +58,10 @@ struct SparseKernels {
   // xt [kSparseBlockRows, kSparseTokens] = transposed float32(x[0 : tokens, k0 : k0 + depth]), 0 elsewhere
   void (*transpose_x)(FloatType type, const void* x, int64_t x_stride, int64_t k0, int64_t depth,
                       int64_t tokens, float* xt);
-  // c [groups * kSparseLanes + 1, kSparseTokens] += weight[block] @ xt, for the first `tokens` columns (and
-  // some more)
-  void (*multiply)(const SparseBlock& block, const float* xt, int64_t tokens, float* c);
+  // c [groups * kSparseLanes + 1, kSparseTokens] = weight[block] @ xt + (first ? 0 : c), for the first
+  // `tokens` columns (and some more) of the rows that block.rows names. May fetch y into the cache.
+  void (*multiply)(const SparseBlock& block, const float* xt, int64_t tokens, bool first,
+                   const SparseAhead& y, float* c);
   // y [0 : tokens, n0 : n0 + rows] = type(transposed c[0 : rows] + bias)
   void (*store_y)(const float* c, int64_t rows, int64_t tokens, const float* bias, FloatType type, void* y,
                   int64_t y_stride, int64_t n0);

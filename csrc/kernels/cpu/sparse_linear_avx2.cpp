@@ -67,15 +67,17 @@ void transpose_x(FloatType type, const void* x, int64_t x_stride, int64_t k0, in
 
 // kRows neighbours of a group at once, so that enough independent sums are under way.
 template <int kVectors, int kRows>
-void multiply_rows(const float* values, const uint8_t* columns, int64_t steps, const float* xt, float* c,
-                   const uint16_t* rows, uint16_t last_row) {
+void multiply_rows(const float* values, const uint8_t* columns, int64_t steps, const float* xt, bool first,
+                   float* c, const uint16_t* rows, uint16_t last_row) {
   float* row[kRows];
   __m256 sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     row[r] = c + (rows[r] < last_row ? rows[r] : last_row) * kSparseTokens;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm256_load_ps(row[r] + 8 * v);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = first ? _mm256_setzero_ps() : _mm256_load_ps(row[r] + 8 * v);
+    }
   }
   for (int64_t s = 0; s < steps; ++s) {
     const uint8_t* word = columns + s / kSparseWord * kSparseLanes * kSparseWord + s % kSparseWord;
@@ -98,14 +100,14 @@ void multiply_rows(const float* values, const uint8_t* columns, int64_t steps, c
 }
 
 template <int kVectors, int kRows>
-void multiply_groups(const SparseBlock& block, const float* xt, float* c) {
+void multiply_groups(const SparseBlock& block, const float* xt, bool first, float* c) {
   const float* values = block.values;
   const uint8_t* columns = block.columns;
   const auto last_row = static_cast<uint16_t>(block.groups * kSparseLanes);
   for (int64_t g = 0; g < block.groups; ++g) {
     const int64_t steps = block.steps[g];
-    for (int r = 0; steps > 0 && r < kSparseLanes; r += kRows) {
-      multiply_rows<kVectors, kRows>(values + r, columns + r * kSparseWord, steps, xt, c,
+    for (int r = 0; (steps > 0 || first) && r < kSparseLanes; r += kRows) {
+      multiply_rows<kVectors, kRows>(values + r, columns + r * kSparseWord, steps, xt, first, c,
                                      block.rows + g * kSparseLanes + r, last_row);
     }
     values += steps * kSparseLanes;
@@ -113,20 +115,21 @@ void multiply_groups(const SparseBlock& block, const float* xt, float* c) {
   }
 }
 
-void multiply(const SparseBlock& block, const float* xt, int64_t tokens, float* c) {
+void multiply(const SparseBlock& block, const float* xt, int64_t tokens, bool first, const SparseAhead&,
+              float* c) {
   for (int64_t m = 0; m < tokens; m += kPassTokens) {
     switch ((tokens - m + 7) / 8) {
       case 1:
-        multiply_groups<1, 8>(block, xt + m, c + m);
+        multiply_groups<1, 8>(block, xt + m, first, c + m);
         break;
       case 2:
-        multiply_groups<2, 4>(block, xt + m, c + m);
+        multiply_groups<2, 4>(block, xt + m, first, c + m);
         break;
       case 3:
-        multiply_groups<3, 2>(block, xt + m, c + m);
+        multiply_groups<3, 2>(block, xt + m, first, c + m);
         break;
       default:
-        multiply_groups<4, 2>(block, xt + m, c + m);
+        multiply_groups<4, 2>(block, xt + m, first, c + m);
     }
   }
 }

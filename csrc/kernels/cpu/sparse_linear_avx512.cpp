@@ -9,7 +9,8 @@ namespace dtm_fast {
 namespace {
 
 constexpr int64_t kFewTokens = 3;
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kPrefetchBytes = 2048;      // into the L1 cache
+constexpr int64_t kFarPrefetchBytes = 12288;  // into the L2 cache
 
 template <FloatType type>
 void transpose_x_as(const void* x, int64_t x_stride, int64_t k0, int64_t depth, int64_t tokens, float* xt) {
@@ -41,8 +42,31 @@ uint32_t load_word(const uint8_t* columns) {
   return word;
 }
 
+// Fetches memory to be written, a share with each of the groups: all of it at once would wait for the memory.
+class FetchToWrite {
+ public:
+  FetchToWrite(const SparseAhead& ahead, int64_t groups)
+      : ahead_(ahead), share_((ahead.rows * ((ahead.row_bytes + 63) / 64) + groups - 1) / groups) {}
+
+  void next_share() {
+    for (int64_t i = 0; i < share_ && row_ < ahead_.rows; ++i) {
+      // Not __builtin_prefetch, which without -mprfchw fetches to read only.
+      asm volatile("prefetchw %0" : : "m"(ahead_.address[row_ * ahead_.stride + byte_]));
+      byte_ += 64;
+      if (byte_ < ahead_.row_bytes) continue;
+      byte_ = 0;
+      ++row_;
+    }
+  }
+
+ private:
+  const SparseAhead& ahead_;
+  const int64_t share_;
+  int64_t row_ = 0, byte_ = 0;
+};
+
 // kRows neighbours of a group at once, so that enough independent sums are under way.
-template <int kVectors, int kRows>
+template <int kVectors, int kRows, bool first>
 void multiply_rows(const float* values, const uint8_t* columns, int64_t steps, const float* xt, float* c,
                    const uint16_t* rows, uint16_t last_row) {
   float* row[kRows];
@@ -51,7 +75,9 @@ void multiply_rows(const float* values, const uint8_t* columns, int64_t steps, c
   for (int r = 0; r < kRows; ++r) {
     row[r] = c + (rows[r] < last_row ? rows[r] : last_row) * kSparseTokens;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_load_ps(row[r] + 16 * v);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = first ? _mm512_setzero_ps() : _mm512_load_ps(row[r] + 16 * v);
+    }
   }
   const auto step = [&](int r, uint32_t column, const float* value) {
     // A byte of the weight cannot address more than the rows of xt, whatever it holds.
@@ -89,34 +115,43 @@ void multiply_rows(const float* values, const uint8_t* columns, int64_t steps, c
   }
 }
 
-template <int kVectors, int kRows>
-void multiply_groups(const SparseBlock& block, const float* xt, float* c) {
+template <int kVectors, int kRows, bool first>
+void multiply_groups(const SparseBlock& block, const float* xt, const SparseAhead& y, float* c) {
   const float* values = block.values;
   const uint8_t* columns = block.columns;
   const auto last_row = static_cast<uint16_t>(block.groups * kSparseLanes);
+  FetchToWrite fetch_y(y, block.groups);
   for (int64_t g = 0; g < block.groups; ++g) {
+    fetch_y.next_share();
     const int64_t steps = block.steps[g];
-    if (steps == 0) continue;
+    if (steps == 0 && !first) continue;
     for (int r = 0; r < kSparseLanes; r += kRows) {
-      multiply_rows<kVectors, kRows>(values + r, columns + r * kSparseWord, steps, xt, c,
-                                     block.rows + g * kSparseLanes + r, last_row);
+      multiply_rows<kVectors, kRows, first>(values + r, columns + r * kSparseWord, steps, xt, c,
+                                            block.rows + g * kSparseLanes + r, last_row);
     }
     values += steps * kSparseLanes;
     columns += (steps + kSparseWord - 1) / kSparseWord * kSparseLanes * kSparseWord;
   }
 }
 
-void multiply(const SparseBlock& block, const float* xt, int64_t tokens, float* c) {
+template <bool first>
+void multiply_tokens(const SparseBlock& block, const float* xt, int64_t tokens, const SparseAhead& y,
+                     float* c) {
   switch ((tokens + 15) / 16) {
     case 1:
-      return multiply_groups<1, 4>(block, xt, c);
+      return multiply_groups<1, 4, first>(block, xt, y, c);
     case 2:
-      return multiply_groups<2, 4>(block, xt, c);
+      return multiply_groups<2, 4, first>(block, xt, y, c);
     case 3:
-      return multiply_groups<3, 2>(block, xt, c);
+      return multiply_groups<3, 2, first>(block, xt, y, c);
     default:
-      return multiply_groups<4, 2>(block, xt, c);
+      return multiply_groups<4, 2, first>(block, xt, y, c);
   }
+}
+
+void multiply(const SparseBlock& block, const float* xt, int64_t tokens, bool first, const SparseAhead& y,
+              float* c) {
+  first ? multiply_tokens<true>(block, xt, tokens, y, c) : multiply_tokens<false>(block, xt, tokens, y, c);
 }
 
 // Sixteen bfloat16, rounded as store_float.h rounds.
@@ -172,7 +207,9 @@ __m512 add_group(const float* values, const uint8_t* columns, int64_t steps, con
   for (; steps >= kSparseWord; steps -= kSparseWord, values += kLine, columns += kLine) {
     const __m512i words = _mm512_loadu_si512(columns);
     for (int64_t j = 0; j < kSparseWord; ++j) {
-      _mm_prefetch(reinterpret_cast<const char*>(values + j * kSparseLanes) + kPrefetchBytes, _MM_HINT_T0);
+      const char* line = reinterpret_cast<const char*>(values + j * kSparseLanes);
+      _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+      _mm_prefetch(line + kFarPrefetchBytes, _MM_HINT_T1);
     }
     _mm_prefetch(reinterpret_cast<const char*>(columns) + kPrefetchBytes / 4, _MM_HINT_T0);
     sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), x_at<0>(x, words), sum);
