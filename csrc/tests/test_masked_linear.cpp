@@ -140,6 +140,8 @@ int main() {
       test_shape(isa, type, {1, 40, 33, 601}, true);  // several blocks of K, more than one group of rows
       test_shape(isa, type, {9, 33, 70, 1000}, false);
       test_shape(isa, type, {1, 600, 40, 350}, true);
+      test_shape(isa, type, {3, 3, 35, 4133}, true);  // few rows of x: several runs of K
+      test_shape(isa, type, {2, 32, 33, 4097}, false);
       test_shape(isa, type, {1, 20, 40, 90}, false, 0x1p-126f);  // denormal x
       test_shape(isa, type, {11, 13, 35, 40}, true);
       test_shape(isa, type, {1, 245, 66, 40}, false);

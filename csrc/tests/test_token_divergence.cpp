@@ -1,4 +1,5 @@
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "../kernels/cpu/store_float.h"
@@ -82,10 +83,32 @@ void test_logits(CpuIsa isa, FloatType type, const std::vector<float>& logits, i
   }
 }
 
+// Every upper half of a float32, with lower halves around and at the middle.
+void test_rounding(CpuIsa isa) {
+  RoundLogits* const round = isa >= CpuIsa::kAvx512 ? round_logits_avx512 : round_logits_avx2;
+  constexpr int64_t kCount = 1 << 16;
+  GuardedBuffer<float> logits(kCount);
+  for (uint32_t lower : {0x0000u, 0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
+    const auto logit = [&](int64_t i) {
+      const uint32_t bits = static_cast<uint32_t>(i) << 16 | lower;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    };
+    for (int64_t i = 0; i < kCount; ++i) logits[i] = logit(i);
+    round(logits.data(), kCount);
+    for (int64_t i = 0; i < kCount; ++i) {
+      const float expected = float_from_bfloat16(bfloat16_bits(logit(i)));
+      CHECK(std::memcmp(&logits[i], &expected, sizeof expected) == 0);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   for_each_isa([](CpuIsa isa) {
+    test_rounding(isa);
     for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
       for (int64_t V : {1, 15, 16, 17, 255, 256, 257, 600}) {
         for (int64_t D : {0, 1, 17, 64}) {

@@ -21,8 +21,8 @@ constexpr int64_t kPanelStride = kLongestBlock + 32;
 constexpr int64_t kSumBlock = kPanelRows * kBfloat16Group;
 
 // The depth of all blocks of K but the last: as few blocks as possible, as even as steps allow.
-inline int64_t block_depth(int64_t K) {
-  const int64_t blocks = K <= kLongestBlock ? 1 : (K + kLongestBlock - 1) / kLongestBlock;
+inline int64_t block_depth(int64_t K, int64_t longest = kLongestBlock) {
+  const int64_t blocks = K <= longest ? 1 : (K + longest - 1) / longest;
   return ((K + blocks - 1) / blocks + kBfloat16Step - 1) / kBfloat16Step * kBfloat16Step;
 }
 

@@ -54,7 +54,7 @@ void multiply_chunk(const MaskedLinear& args, int64_t m0, int64_t rows, uint16_t
     tile.variants = std::min(kTileVariants, args.V - tile.v0);
     tile.x = packed + i0 / kBfloat16Group * group_size;
     tile.sums = sums.part(thread);
-    masked_linear_tile_amx(args, tile);
+    tile.rows <= kFewRows ? masked_linear_few_amx(args, tile) : masked_linear_tile_amx(args, tile);
   });
 }
 

@@ -1,6 +1,7 @@
 // masked_linear in bfloat16 on AMX tiles. The order of the sum is that of bfloat16_tiles.h.
 #pragma once
 
+#include "bfloat16_tiles.h"
 #include "masked_linear.h"
 
 namespace dtm_fast {
@@ -21,5 +22,9 @@ static constexpr int64_t masked_linear_tile_sums(int64_t variants, int64_t rows,
 }
 
 void masked_linear_tile_amx(const MaskedLinear& args, const MaskedLinearTile& tile);
+
+// The same for tiles of at most kFewRows rows, where reading the weight takes longer than multiplying.
+constexpr int64_t kFewRows = 2 * kBfloat16Group;
+void masked_linear_few_amx(const MaskedLinear& args, const MaskedLinearTile& tile);
 
 }  // namespace dtm_fast

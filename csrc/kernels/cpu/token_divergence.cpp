@@ -8,7 +8,6 @@
 #include "gemm_tile.h"
 #include "parallel_for.h"
 #include "scratch_buffer.h"
-#include "store_float.h"
 
 namespace dtm_fast {
 namespace {
@@ -69,19 +68,13 @@ class Summaries {
   ScratchBuffer<uint8_t> reference_leads_;
 };
 
-// Rounds the logits to bfloat16 if that is what the model computes in, and fills the row up.
-void finish_logits(FloatType type, float* row, int64_t cols, int64_t padded_cols) {
-  if (type == FloatType::kBfloat16) {
-    for (int64_t j = 0; j < cols; ++j) row[j] = float_from_bfloat16(bfloat16_bits(row[j]));
-  }
-  for (int64_t j = cols; j < padded_cols; ++j) row[j] = -kInfinity;
-}
-
 // Rows t0 .. t0 + rows - 1, rows <= kChunkRows.
 void summarize_chunk(CpuIsa isa, const TokenDivergence& args, int64_t t0, int64_t rows, int num_threads,
                      Summaries& summaries) {
   GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa);
-  SummarizeLogits* const summarize = isa >= CpuIsa::kAvx512 ? summarize_logits_avx512 : summarize_logits_avx2;
+  const bool avx512 = isa >= CpuIsa::kAvx512;
+  SummarizeLogits* const summarize = avx512 ? summarize_logits_avx512 : summarize_logits_avx2;
+  RoundLogits* const round = avx512 ? round_logits_avx512 : round_logits_avx2;
   const int64_t row_tiles = (rows + kGemmTileRows - 1) / kGemmTileRows;
   const int64_t tasks = row_tiles * summaries.tiles();
   const int64_t tile_rows = (rows + row_tiles - 1) / row_tiles;
@@ -108,7 +101,8 @@ void summarize_chunk(CpuIsa isa, const TokenDivergence& args, int64_t t0, int64_
     const int64_t padded_cols = (tile.cols + 15) / 16 * 16;
     for (int64_t i = 0; i < tile.rows; ++i) {
       float* row = tile.c + i * tile.c_stride;
-      finish_logits(args.type, row, tile.cols, padded_cols);
+      std::fill(row + tile.cols, row + padded_cols, -kInfinity);
+      if (args.type == FloatType::kBfloat16) round(row, padded_cols);
       const LogitSummary summary = summarize(row, padded_cols);
       summaries.max(v0 / kVocabularyTile)[i0 + i] = summary.max;
       summaries.sum_exp(v0 / kVocabularyTile)[i0 + i] = summary.sum_exp;

@@ -51,6 +51,11 @@ using SummarizeLogits = LogitSummary(const float* logits, int64_t count);
 SummarizeLogits summarize_logits_avx2;
 SummarizeLogits summarize_logits_avx512;
 
+// Rounds logits to bfloat16 in place, as bfloat16_bits of store_float.h; count is a multiple of 16.
+using RoundLogits = void(float* logits, int64_t count);
+RoundLogits round_logits_avx2;
+RoundLogits round_logits_avx512;
+
 // The same for many rows at once, and from the product on: the logits never leave the cache.
 constexpr int64_t kWideVocabularyTile = 1024;
 constexpr int64_t kWideTileRows = 512;

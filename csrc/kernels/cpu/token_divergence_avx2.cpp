@@ -57,4 +57,18 @@ LogitSummary summarize_logits_avx2(const float* logits, int64_t count) {
   return summary;
 }
 
+void round_logits_avx2(float* logits, int64_t count) {
+  const __m256i upper_half = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m256 quiet_nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  for (int64_t j = 0; j < count; j += 8) {
+    const __m256 x = _mm256_loadu_ps(logits + j);
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 rounded = _mm256_castsi256_ps(_mm256_and_si256(nearest, upper_half));
+    const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    _mm256_storeu_ps(logits + j, _mm256_blendv_ps(rounded, quiet_nan, nan));
+  }
+}
+
 }  // namespace dtm_fast

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "avx512_vectors.h"
 #include "exp_avx512.h"
 #include "token_divergence.h"
 
@@ -46,6 +47,13 @@ LogitSummary summarize_logits_avx512(const float* logits, int64_t count) {
   }
   summary.sum_exp = sum_16(sum);
   return summary;
+}
+
+void round_logits_avx512(float* logits, int64_t count) {
+  for (int64_t j = 0; j < count; j += 16) {
+    const __m512i bits = bfloat16_lanes(_mm512_loadu_ps(logits + j));
+    _mm512_storeu_ps(logits + j, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+  }
 }
 
 }  // namespace dtm_fast
