@@ -20,7 +20,7 @@ VARIANTS = 8
 SPARSITY = 0.5
 MASKED_COPY, DENSE, ONEDNN = "F.linear(x, w * mask)", "F.linear", "oneDNN"
 ONEDNN_TENSORS = "aten::mkldnn_linear"
-SINGLE_CALLS = "8 single calls"
+SINGLE_CALLS, INDEPENDENT = "8 single calls", "masked_linear, not nested"
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
@@ -135,9 +135,12 @@ def _build(case: Case) -> Contest:
     copies = case.copies(weight.nbytes + packed.nbytes)
     sets = [(weight, packed), *((weight.clone(), packed.clone()) for _ in range(copies - 1))]
 
-    contenders = [
-        Contender(OURS, tuple(lambda w=w, m=m: ops.masked_linear(x, w, m) for w, m in sets), complaint)
-    ]
+    nested = "nested" in case.note
+
+    def ours(w: torch.Tensor, m: torch.Tensor, nested: bool = nested) -> Callable[[], torch.Tensor]:
+        return lambda: ops.masked_linear(x, w, m, nested=nested)
+
+    contenders = [Contender(OURS, tuple(ours(w, m) for w, m in sets), complaint)]
     if case.variants == 1:
         bools = [masks, *(masks.clone() for _ in range(copies - 1))]
         contenders.append(
@@ -153,6 +156,8 @@ def _build(case: Case) -> Contest:
             return lambda: torch.stack([ops.masked_linear(x, w, each) for each in m])
 
         contenders.append(Contender(SINGLE_CALLS, tuple(one_by_one(w, m) for w, m in sets), complaint))
+        if nested:
+            contenders.append(Contender(INDEPENDENT, tuple(ours(w, m, False) for w, m in sets), complaint))
     # The dense product computes something else, so it is checked against its own float64 result, on some columns.
     some = slice(0, min(64, case.N))
     truth = x.double() @ weight[some].double().T

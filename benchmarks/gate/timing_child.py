@@ -104,6 +104,16 @@ def _pruned(
     return torch.randn(N, K, generator=generator), ops.pack_mask(kept)
 
 
+def _masked_ladder(M: int, K: int, N: int, masks: int) -> Case:  # noqa: N803
+    def prepare(ops: Any, generator: torch.Generator) -> Call:
+        x, weight = torch.randn(M, K, generator=generator), torch.randn(N, K, generator=generator)
+        dropped = torch.linspace(0.1, 0.8, masks)[:, None, None]
+        packed = ops.pack_mask(torch.rand(N, K, generator=generator) >= dropped)
+        return lambda: ops.masked_linear(x, weight, packed, nested=True)
+
+    return Case("masked_linear", f"({M}, {K}, {N}) {masks} nested masks float32", prepare)
+
+
 def _token_divergence(positions: int, dtype: torch.dtype, certified: bool = False) -> Case:
     def prepare(ops: Any, generator: torch.Generator) -> Call:
         hidden = torch.randn(4, positions // 4, _WIDTH, generator=generator).to(dtype)
@@ -156,6 +166,7 @@ CASES = (
     _sparse_linear(2048, 576, 1536, 0.1),
     _sparse_linear(1, 4096, 4096, 0.1),
     Case("sparse_linear", "pack (4096, 4096) density 0.1", _pack_sparse, ("SparseWeight",)),
+    _masked_ladder(256, 576, 1536, masks=8),
     _token_divergence(256, torch.float32),
     _token_divergence(256, torch.bfloat16),
     _token_divergence(256, torch.float32, certified=True),

@@ -9,6 +9,7 @@
 #include "../kernels/cpu/cpu_features.h"
 #include "../kernels/cpu/int8_linear.h"
 #include "../kernels/cpu/mask_bits.h"
+#include "../kernels/cpu/masked_ladder.h"
 #include "../kernels/cpu/masked_linear.h"
 #include "../kernels/cpu/quantize_int8.h"
 #include "../kernels/cpu/sparse_linear.h"
@@ -100,6 +101,19 @@ PYBIND11_MODULE(_cpu, module) {
                       {FloatType(type), pointer<void>(x), x_stride, pointer<void>(weight), weight_stride,
                        pointer<uint8_t>(mask), mask_row_stride, mask_variant_stride, pointer<float>(bias), V,
                        M, N, K, pointer<void>(y)},
+                      num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "masked_ladder",
+      [](int isa, int num_threads, int type, Address x, int64_t x_stride, Address weight,
+         int64_t weight_stride, Address mask, int64_t mask_row_stride, int64_t mask_level_stride,
+         Address bias, int64_t V, int64_t M, int64_t N, int64_t K, Address y) {
+        masked_ladder(CpuIsa(isa),
+                      {FloatType(type), pointer<void>(x), x_stride, pointer<void>(weight), weight_stride,
+                       pointer<uint8_t>(mask), mask_row_stride, mask_level_stride, pointer<float>(bias), V, M,
+                       N, K, pointer<void>(y)},
                       num_threads);
       },
       ReleaseGil());

@@ -8,6 +8,7 @@
 #include "../kernels/cpu/apply_mask.h"
 #include "../kernels/cpu/int8_linear.h"
 #include "../kernels/cpu/mask_bits.h"
+#include "../kernels/cpu/masked_ladder.h"
 #include "../kernels/cpu/masked_linear.h"
 #include "../kernels/cpu/quantize_int8.h"
 #include "../kernels/cpu/sparse_linear.h"
@@ -146,6 +147,13 @@ int main() {
                    a.scales.data(),
                    s.M,
                    a.results.data()},
+                  threads);
+  });
+  check("masked_ladder", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    const int64_t row_bytes = (s.K + 7) / 8;  // one mask twice
+    masked_ladder(isa,
+                  {type, a.floats(type), s.K, a.floats(type), s.K, a.bytes.data(), row_bytes, 0,
+                   a.scales.data(), kVariants, s.M, s.N, s.K, a.results.data()},
                   threads);
   });
   check("token_divergence", [&](CpuIsa isa, Shape s, FloatType type, int threads) {

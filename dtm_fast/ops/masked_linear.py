@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.library import register
 from dtm_fast.ops.mask_bits import check_packed, unpack_mask_reference
+from dtm_fast.ops.masked_ladder import check_nested, masked_ladder_cpu, masked_ladder_reference
 from dtm_fast.ops.masked_linear_backward import backward, setup_context
 
 
@@ -18,6 +19,7 @@ def masked_linear(
     mask: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    nested: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Multiply by the weights that a packed mask keeps, without making a masked copy of the weight.
@@ -29,11 +31,19 @@ def masked_linear(
     (the reference twin sums as torch does).
     Differentiable in x, weight and bias; masked_linear_backward.py says what its backward costs.
 
+    With nested=True one pass over the weight gives the outputs of a ladder of masks, such as magnitude masks of
+    rising sparsity: the products of the sparsest mask are summed first, each denser one continues with those it
+    adds. So the last bits of y[v] depend on the masks v to V - 1, but not on the masks before v, the batch, the
+    threads or the instruction set. A NaN or infinity in x[..., k] then reaches exactly the outputs whose row
+    keeps column k. It pays where there are many tokens, as the masks are sorted out and packed in every call; not
+    for bfloat16 on AMX, whose separate products are as fast.
+
     Args:
         x: [..., K], float32 or bfloat16.
         weight: [N, K], in the dtype of x.
         mask: [N, ceil(K / 8)] or [V, N, ceil(K / 8)] uint8, as pack_mask makes it.
         bias: [N], in the dtype of x, or None.
+        nested: whether mask[v + 1] keeps a part of what mask[v] keeps, for each v; needs V masks.
         backend: None (the best), "cpu" or "reference".
 
     Returns:
@@ -41,17 +51,18 @@ def masked_linear(
 
     Raises:
         TypeError: an argument is no dense tensor of such a dtype.
-        ValueError: shapes or devices do not fit, mask has bits set beyond K; backend is unknown.
+        ValueError: shapes or devices do not fit, mask has bits set beyond K, or masks are not nested as said;
+            backend is unknown.
         RuntimeError: backend cannot run.
 
     Source: panels packed for the cache as in Goto & van de Geijn 2008, the mask applied while packing.
     """
     if torch.compiler.is_compiling():
-        return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend))
+        return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend, nested))
     # The backward of the reference twin is what torch derives from it.
     if backend != "reference" and checks.gradient_needed(x, weight, bias):
-        return _differentiable(x, weight, mask, bias, backend)
-    return _run(x, weight, mask, bias, backend)
+        return _differentiable(x, weight, mask, bias, backend, nested)
+    return _run(x, weight, mask, bias, backend, nested)
 
 
 def masked_linear_reference(
@@ -98,14 +109,19 @@ def _masked_linear_cpu(
     return y
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None, nested: bool
+) -> None:
     checks.tensor("x", x, (torch.float32, torch.bfloat16))
     checks.at_least_one_dim("x", x)
     checks.tensor("weight", weight, (x.dtype,))
     checks.dims("weight", weight, "[N, K]", 2)
     checks.size("weight", weight, 1, x.shape[-1], "K of x")
     check_packed("mask", mask, weight.shape[1])
-    checks.dims("mask", mask, "[N, ceil(K / 8)] or [V, N, ceil(K / 8)]", 2, 3)
+    if nested:
+        checks.dims("mask", mask, "[V, N, ceil(K / 8)] for nested masks", 3)
+    else:
+        checks.dims("mask", mask, "[N, ceil(K / 8)] or [V, N, ceil(K / 8)]", 2, 3)
     checks.size("mask", mask, mask.dim() - 2, weight.shape[0], "N of weight")
     if bias is not None:
         checks.tensor("bias", bias, (x.dtype,))
@@ -120,11 +136,16 @@ def _run(
     mask: torch.Tensor,
     bias: torch.Tensor | None = None,
     backend: str | None = None,
+    nested: bool = False,
 ) -> torch.Tensor:
-    _check(x, weight, mask, bias)
+    _check(x, weight, mask, bias, nested)
     chosen = backends.choose("masked_linear", backend, x.device)
     checks.padding_bits_zero("mask", mask, weight.shape[1])
-    run = _masked_linear_cpu if chosen == "cpu" else masked_linear_reference
+    if nested:
+        check_nested(mask)
+        run = masked_ladder_cpu if chosen == "cpu" else masked_ladder_reference
+    else:
+        run = _masked_linear_cpu if chosen == "cpu" else masked_linear_reference
     return run(x, weight, mask, bias)
 
 
@@ -134,8 +155,9 @@ def _fake(
     mask: torch.Tensor,
     bias: torch.Tensor | None = None,
     backend: str | None = None,
+    nested: bool = False,
 ) -> torch.Tensor:
-    _check(x, weight, mask, bias)
+    _check(x, weight, mask, bias, nested)
     return x.new_empty((*mask.shape[:-2], *x.shape[:-1], weight.shape[0]))
 
 
@@ -150,7 +172,8 @@ class _Differentiable(torch.autograd.Function):
 _differentiable: Callable[..., torch.Tensor] = _Differentiable.apply
 
 _OPERATOR = register(
-    "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None, str? backend=None) -> Tensor",
+    "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias=None, str? backend=None, "
+    "bool nested=False) -> Tensor",
     _run,
     _fake,
     setup_context=setup_context,

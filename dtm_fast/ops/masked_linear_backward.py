@@ -9,7 +9,8 @@ dy and x hold. The products are torch's: dx holds one masked copy of the weight 
 unmasked copy of itself; several masks are taken one after the other and summed in float32. The order of these
 sums is torch's too, and may depend on the batch and the threads. All steps are differentiable in turn.
 
-The twin is what torch derives from masked_linear_reference.
+Whether the masks are nested makes no difference. The twin is what torch derives from masked_linear_reference, or
+from masked_ladder_reference.
 """
 
 import math
@@ -26,13 +27,13 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, str | None], torch
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     """Keep what the gradients that are needed depend on."""
-    x, weight, mask, _, ctx.backend = inputs
+    x, weight, mask, _, ctx.backend, _ = inputs
     needs_dx, needs_dw = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if needs_dw else None, weight if needs_dx else None, mask)
 
 
 def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of x, weight, mask, bias and backend, from dy [..., N] or [V, ..., N]."""
+    """The gradients of x, weight, mask, bias, backend and nested, from dy [..., N] or [V, ..., N]."""
     x, weight, mask = ctx.saved_tensors
     leading = dy.shape[mask.dim() - 2 : -1]  # those of x
     rows = math.prod(leading)
@@ -44,7 +45,7 @@ def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dw = _summed(_dw, dy, x.reshape(rows, x.shape[-1]), mask, ctx.backend, dy.shape[-1])
     if any(ctx.needs_input_grad[3:4]):  # torch leaves out arguments that have their default value
         db = dy.flatten(0, -2).sum(0)
-    return dx, dw, None, db, None
+    return dx, dw, None, db, None, None
 
 
 def _dx(dy: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, backend: str | None) -> torch.Tensor:

@@ -58,6 +58,11 @@ def sparse_linear() -> Call:
     return lambda: ops.sparse_linear(x, weight)
 
 
+def masked_ladder() -> Call:
+    x, weight, mask = torch.randn(9, 33), torch.randn(70, 33), ops.pack_mask(torch.rand(70, 33) < 0.5)
+    return lambda: ops.masked_linear(x, weight, mask.expand(2, 70, 5), nested=True)
+
+
 def token_divergence() -> Call:
     hidden, head, reference = torch.randn(2, 3, 16), torch.randn(300, 16), torch.randint(0, 300, (2, 3))
     return lambda: ops.token_divergence(hidden, head, reference)
@@ -96,6 +101,7 @@ def resident_bytes() -> int:
         masked_linear,
         pack_sparse,
         sparse_linear,
+        masked_ladder,
         token_divergence,
         certified_token_divergence,
         refused,

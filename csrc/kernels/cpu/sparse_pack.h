@@ -44,4 +44,7 @@ struct SparseStart {
 // starts [panels * blocks + 1]; the last is the end.
 void sparse_starts(const SparseLayout& layout, const uint8_t* steps, SparseStart* starts);
 
+// The part of sparse_pack that block `index` of [panels, blocks] is, at `start` of values and columns.
+void sparse_pack_block(const SparsePack& args, int64_t index, const SparseStart& start);
+
 }  // namespace dtm_fast
