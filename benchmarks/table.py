@@ -120,7 +120,7 @@ def _goals(verdicts: Sequence[dict[str, Any]]) -> list[str]:
         "",
         f"{reached} reached, {missed} NOT reached, {len(verdicts) - reached - missed} without a figure. "
         "Shapes are (M, K, N). Others: what other processes used of the CPUs meanwhile; a verdict with more than 5% "
-        "there says little.",
+        "there says little. What stands in the way of those not reached: [goals-not-reached.md](goals-not-reached.md).",
         "",
         *_table(["row", "goal", "measured", "verdict", "others"], rows),
     ]
