@@ -54,10 +54,32 @@ float dot_on_tiles(const MaskedLinear& args, const uint8_t* mask, int64_t m, int
   return total;
 }
 
+// The order of gemm_tile.h for bfloat16 on AVX512-BF16 in scalar code.
+float dot_of_pairs(const MaskedLinear& args, const uint8_t* mask, int64_t m, int64_t n) {
+  constexpr int64_t kBlock = 2 * kGemmBlockK;
+  float total = 0.0f;
+  for (int64_t k0 = 0; k0 < args.K; k0 += kBlock) {
+    float block = 0.0f;
+    for (int64_t pair = k0; pair < args.K && pair < k0 + kBlock; pair += 2) {
+      for (int64_t k : {pair + 1, pair}) {
+        const bool kept = k < args.K && (mask[k / 8] >> (k % 8) & 1);
+        const float weight = kept ? load(args.weight, args.type, n * args.weight_stride + k) : 0.0f;
+        const float x = k < args.K ? load(args.x, args.type, m * args.x_stride + k) : 0.0f;
+        block = without_denormal(std::fmaf(without_denormal(x), without_denormal(weight), block));
+      }
+    }
+    total += block;
+  }
+  return total;
+}
+
 // The documented order of the sum, in scalar code: the kernels must give its bits.
 float dot(CpuIsa isa, const MaskedLinear& args, int64_t v, int64_t m, int64_t n) {
   const uint8_t* mask = args.mask + v * args.mask_variant_stride + n * args.mask_row_stride;
   if (isa == CpuIsa::kAmx && args.type == FloatType::kBfloat16) return dot_on_tiles(args, mask, m, n);
+  if (isa == CpuIsa::kAvx512Bf16 && args.type == FloatType::kBfloat16) {
+    return dot_of_pairs(args, mask, m, n);
+  }
   float total = 0.0f;
   for (int64_t k0 = 0; k0 < args.K; k0 += kGemmBlockK) {
     float block = 0.0f;

@@ -11,8 +11,8 @@ The slack, step by step. u = 2^-24, γ = n u / (1 - n u), and n = D + ⌊D/256�
 roundings that any one product meets, in whatever order D products (and blocks of them) are summed, with or
 without fused multiply-adds. Then every computed dot product has |fl(x · y) - x · y| <= γ ‖x‖ ‖y‖ + ε, where
 ε = n 2^-126 covers what underflows, flushed to zero or not (Higham, "Accuracy and Stability of Numerical
-Algorithms", section 3.1). AMX also takes denormal elements as zero, which costs up to 2^-126 √D (‖x‖ + ‖y‖)
-more: the norms are computed 2^-100 (D + 1) too large, and γ >= 2^-21 times that much is above it.
+Algorithms", section 3.1). AVX512-BF16 and AMX also take denormal elements as zero, which costs up to
+2^-126 √D (‖x‖ + ‖y‖) more: the norms are computed 2^-100 (D + 1) too large, and γ >= 2^-21 times that much is above it.
 With s = ‖w_a‖ + ‖w_v‖ and a hat on what was computed:
 
 1. The base's own logits:         z_a - z_v        >= ẑ_a - ẑ_v - γ ‖h‖ s - 2ε.

@@ -27,8 +27,8 @@ def masked_linear(
     Equals `F.linear(x, torch.where(unpack_mask(mask, K), weight, 0), bias)`, for V masks stacked V times.
     A weight that is masked out does not count, even if it is NaN; NaN and infinity in x spread as in the
     dense product. Sums are in float32, and their order depends on neither the batch nor the threads. It is the
-    same for all instruction sets, but for bfloat16 on AMX, which has its own and takes denormal numbers as zero
-    (the reference twin sums as torch does).
+    same for all instruction sets, but for bfloat16 on AVX512-BF16 and on AMX, which have their own and take
+    denormal numbers as zero (the reference twin sums as torch does).
     Differentiable in x, weight and bias; masked_linear_backward.py says what its backward costs.
 
     With nested=True one pass over the weight gives the outputs of a ladder of masks, such as magnitude masks of

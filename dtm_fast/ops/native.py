@@ -17,6 +17,7 @@ ISAS = (
     "avx2",
     "avx512",
     "avx512_vnni",
+    "avx512_bf16",
     "amx",
 )  # index = the number that _cpu uses; each contains the former
 

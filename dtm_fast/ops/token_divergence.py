@@ -76,8 +76,8 @@ def token_divergence(
     `nll = logits.float().logsumexp(-1) - logits.float().gather(-1, reference[..., None])[..., 0]`.
     Logits are summed in float32 and rounded to the dtype of hidden, as a model that stores them would see
     them. On the CPU the order of a sum depends on neither the batch nor the threads; it is the same for all
-    instruction sets, but for bfloat16 on AMX, which has its own and takes denormal numbers as zero. Ties go to
-    the lowest token id, a NaN is larger than every number, and nll is NaN where a logit is.
+    instruction sets, but for bfloat16 on AVX512-BF16 and on AMX, which have their own and take denormal numbers
+    as zero. Ties go to the lowest token id, a NaN is larger than every number, and nll is NaN where a logit is.
 
     Args:
         hidden: [B, T, D], float32 or bfloat16: what the final norm gives.

@@ -9,7 +9,8 @@ enum class CpuIsa : int {
   kAvx2 = 1,        // AVX2, FMA
   kAvx512 = 2,      // AVX-512 F, BW, VL, DQ
   kAvx512Vnni = 3,  // AVX-512 VNNI
-  kAmx = 4,         // AMX-TILE, AMX-INT8, AMX-BF16, AVX-512 BF16
+  kAvx512Bf16 = 4,  // AVX-512 BF16, where it is faster than float32
+  kAmx = 5,         // AMX-TILE, AMX-INT8, AMX-BF16, AVX-512 BF16
 };
 
 // The highest level that the CPU reports and whose registers the operating system saves.

@@ -30,14 +30,35 @@ inline const char* element(const void* matrix, FloatType type, int64_t stride, i
   return static_cast<const char*>(matrix) + (row * stride + k) * size_of(type);
 }
 
-// out [rows, kGemmBlockK] = float32(x[i0 : i0 + rows, k0 : k0 + depth]), and zeros up to the next multiple of
-// 32 of depth
-template <FloatType type>
+// What the 32 bits of a lane hold in packed x and panels: one k, widened, or two neighbours of bfloat16. What
+// multiplying two lanes adds to a sum is the only step of a product that depends on it.
+struct FloatLanes {
+  static constexpr int64_t kLaneK = 1;
+  static __m512 add_product(__m512 sum, __m512 x, __m512 w) { return _mm512_fmadd_ps(x, w, sum); }
+};
+
+// The k of a block: kGemmBlockK lanes.
+template <typename Lanes>
+constexpr int64_t kBlockK = kGemmBlockK * Lanes::kLaneK;
+
+template <typename Lanes>
+int64_t block_depth(int64_t K, int64_t k0) {
+  return K - k0 < kBlockK<Lanes> ? K - k0 : kBlockK<Lanes>;
+}
+
+// out [rows, kGemmBlockK] = the lanes of x[i0 : i0 + rows, k0 : k0 + depth], and zeros up to the next
+// multiple of 32 of depth
+template <FloatType type, typename Lanes>
 void pack_x(const GemmTile& tile, int64_t i0, int64_t rows, int64_t k0, int64_t depth, float* out) {
   for (int64_t i = 0; i < rows; ++i) {
     const void* row = element(tile.x, type, tile.x_stride, i0 + i, k0);
     for (int64_t k = 0; k < depth; k += 32) {
-      float* to = out + i * kGemmBlockK + k;
+      float* to = out + i * kGemmBlockK + k / Lanes::kLaneK;
+      if (Lanes::kLaneK == 2) {
+        const uint16_t* from = static_cast<const uint16_t*>(row) + k;
+        _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(first_words(depth - k), from));
+        continue;
+      }
       _mm512_storeu_ps(to, load_16<type>(row, k, first_lanes(depth - k)));
       _mm512_storeu_ps(to + 16, load_16<type>(row, k + 16, depth - k > 16 ? first_lanes(depth - k - 16) : 0));
     }
@@ -86,17 +107,17 @@ inline __m512i higher_of_pairs(__m512i pairs) {
   return _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
 }
 
-// 16 columns of a panel: panel[k * kPanelCols + j] = float32(weight[j0 + j, k0 + k]) for k < depth, and zeros
-// up to the next multiple of kVectorK.
-template <FloatType type>
+// 16 columns of a panel: panel[k / kLaneK * kPanelCols + j] = the lane of weight[j0 + j, k0 + k] for k <
+// depth, and zeros up to the next multiple of kVectorK.
+template <FloatType type, typename Lanes>
 void pack_16_columns(const GemmTile& tile, const uint8_t* mask, int64_t j0, int64_t k0, int64_t depth,
                      const char* next, float* panel) {
   for (int64_t k = 0; k < depth; k += kVectorK<type>) {
     __m512i r[16];
     load_transposed<type>(tile, mask, j0, k0 + k, depth - k, next + k * size_of(type), r);
     for (int64_t i = 0; i < 16; ++i) {
-      if (type == FloatType::kFloat32) {
-        _mm512_storeu_si512(panel + (k + i) * kPanelCols, r[i]);
+      if (type == FloatType::kFloat32 || Lanes::kLaneK == 2) {
+        _mm512_storeu_si512(panel + (k / Lanes::kLaneK + i) * kPanelCols, r[i]);
       } else {
         _mm512_storeu_si512(panel + (k + 2 * i) * kPanelCols, lower_of_pairs(r[i]));
         _mm512_storeu_si512(panel + (k + 2 * i + 1) * kPanelCols, higher_of_pairs(r[i]));
@@ -109,10 +130,10 @@ void pack_16_columns(const GemmTile& tile, const uint8_t* mask, int64_t j0, int6
 // this order transpose_mask stores them, four k at a time.
 inline int64_t kept_index(int64_t k) { return k / 64 * 128 + k / 8 % 2 * 32 + k % 8 * 4 + k / 16 % 4; }
 
-// c[0 : kRows, 0 : cols] = (first ? 0 : c) + x[0 : kRows, :depth] @ panel, where x has row stride
+// c[0 : kRows, 0 : cols] = (first ? 0 : c) + x[0 : kRows, :lanes] @ panel, where x has row stride
 // kGemmBlockK. kept: nullptr, or the lane masks that say where the panel counts.
-template <int kRows, bool kMasked>
-void multiply(const float* x, const float* panel, const __mmask16* kept, int64_t depth, bool first, float* c,
+template <typename Lanes, int kRows, bool kMasked>
+void multiply(const float* x, const float* panel, const __mmask16* kept, int64_t lanes, bool first, float* c,
               int64_t c_stride, int64_t cols) {
   __m512 sum[kRows][2];
   DTM_FAST_UNROLL
@@ -121,16 +142,16 @@ void multiply(const float* x, const float* panel, const __mmask16* kept, int64_t
     _mm_prefetch(reinterpret_cast<const char*>(c + i * c_stride), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(c + i * c_stride + cols - 1), _MM_HINT_T0);
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < lanes; ++k) {
     const float* w = panel + k * kPanelCols;
-    const __mmask16* lanes = kMasked ? kept + kept_index(k) : nullptr;
-    const __m512 w0 = kMasked ? _mm512_maskz_loadu_ps(lanes[0], w) : _mm512_loadu_ps(w);
-    const __m512 w1 = kMasked ? _mm512_maskz_loadu_ps(lanes[64], w + 16) : _mm512_loadu_ps(w + 16);
+    const __mmask16* counts = kMasked ? kept + kept_index(k) : nullptr;
+    const __m512 w0 = kMasked ? _mm512_maskz_loadu_ps(counts[0], w) : _mm512_loadu_ps(w);
+    const __m512 w1 = kMasked ? _mm512_maskz_loadu_ps(counts[64], w + 16) : _mm512_loadu_ps(w + 16);
     DTM_FAST_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const __m512 value = _mm512_set1_ps(x[i * kGemmBlockK + k]);
-      sum[i][0] = _mm512_fmadd_ps(value, w0, sum[i][0]);
-      sum[i][1] = _mm512_fmadd_ps(value, w1, sum[i][1]);
+      sum[i][0] = Lanes::add_product(sum[i][0], value, w0);
+      sum[i][1] = Lanes::add_product(sum[i][1], value, w1);
     }
   }
   const __mmask16 lanes0 = first_lanes(cols);
@@ -144,24 +165,24 @@ void multiply(const float* x, const float* panel, const __mmask16* kept, int64_t
   }
 }
 
-using Multiply = void(const float* x, const float* panel, const __mmask16* kept, int64_t depth, bool first,
+using Multiply = void(const float* x, const float* panel, const __mmask16* kept, int64_t lanes, bool first,
                       float* c, int64_t c_stride, int64_t cols);
 
 // By the number of rows.
-template <bool kMasked>
+template <typename Lanes, bool kMasked>
 constexpr Multiply* kMultiply[kMaxRows + 1] = {nullptr,
-                                               multiply<1, kMasked>,
-                                               multiply<2, kMasked>,
-                                               multiply<3, kMasked>,
-                                               multiply<4, kMasked>,
-                                               multiply<5, kMasked>,
-                                               multiply<6, kMasked>,
-                                               multiply<7, kMasked>,
-                                               multiply<8, kMasked>,
-                                               multiply<9, kMasked>,
-                                               multiply<10, kMasked>,
-                                               multiply<11, kMasked>,
-                                               multiply<12, kMasked>};
+                                               multiply<Lanes, 1, kMasked>,
+                                               multiply<Lanes, 2, kMasked>,
+                                               multiply<Lanes, 3, kMasked>,
+                                               multiply<Lanes, 4, kMasked>,
+                                               multiply<Lanes, 5, kMasked>,
+                                               multiply<Lanes, 6, kMasked>,
+                                               multiply<Lanes, 7, kMasked>,
+                                               multiply<Lanes, 8, kMasked>,
+                                               multiply<Lanes, 9, kMasked>,
+                                               multiply<Lanes, 10, kMasked>,
+                                               multiply<Lanes, 11, kMasked>,
+                                               multiply<Lanes, 12, kMasked>};
 
 // Calls run(first row, rows) for blocks of at most kMaxRows, as even as can be: a block of few rows leaves
 // the multipliers waiting for each other.
@@ -180,6 +201,42 @@ inline void set_to_zero(const GemmTile& tile) {
       float* row = tile.c + v * tile.c_variant_stride + i * tile.c_stride;
       for (int64_t j = 0; j < tile.cols; ++j) row[j] = 0.0f;
     }
+  }
+}
+
+// One tile. The order of the loops: all panels of a block of K are packed first and stay in the second-level
+// cache (256 KiB for 256 columns, or 32 columns and 8 variants). 12 rows of x, packed into the first-level
+// cache, are then multiplied by one panel after the other, whose one long stream the machine prefetches by
+// itself.
+template <FloatType type, typename Lanes>
+void multiply_tile(const GemmTile& tile) {
+  float* const x = tile.scratch;
+  float* const panels = tile.scratch + kMaxRows * kGemmBlockK;
+  if (tile.K == 0) set_to_zero(tile);
+  for (int64_t k0 = 0; k0 < tile.K; k0 += kBlockK<Lanes>) {
+    const int64_t depth = block_depth<Lanes>(tile.K, k0);
+    const int64_t lanes = (depth + Lanes::kLaneK - 1) / Lanes::kLaneK;
+    float* panel = panels;
+    for (int64_t v = 0; v < tile.variants; ++v) {
+      const uint8_t* mask = tile.mask == nullptr ? nullptr : tile.mask + v * tile.mask_variant_stride;
+      for (int64_t j0 = 0; j0 < tile.cols; j0 += kPanelCols, panel += kPanelSize) {
+        for (int64_t half = 0; half < kPanelCols; half += 16) {
+          const char* next = element(tile.weight, type, tile.weight_stride, j0 + half + 16, k0);
+          pack_16_columns<type, Lanes>(tile, mask, j0 + half, k0, depth, next, panel + half);
+        }
+      }
+    }
+    for_each_row_block(tile.rows, [&](int64_t i0, int64_t rows) {
+      pack_x<type, Lanes>(tile, i0, rows, k0, depth, x);
+      const float* each = panels;
+      for (int64_t v = 0; v < tile.variants; ++v) {
+        float* c = tile.c + v * tile.c_variant_stride + i0 * tile.c_stride;
+        for (int64_t j0 = 0; j0 < tile.cols; j0 += kPanelCols, each += kPanelSize) {
+          const int64_t cols = tile.cols - j0 < kPanelCols ? tile.cols - j0 : kPanelCols;
+          kMultiply<Lanes, false>[rows](x, each, nullptr, lanes, k0 == 0, c + j0, tile.c_stride, cols);
+        }
+      }
+    });
   }
 }
 

@@ -16,10 +16,12 @@ namespace dtm_fast {
 //
 //   c[v, i, j] = sum_k float32(x[i, k]) * (bit k of mask[v, j] ? float32(weight[j, k]) : 0)
 //
-// The sum has one fixed order, whatever the tile and the instruction set: K is cut into blocks of
-// kGemmBlockK, a block is summed from zero by one fused multiply-add after the other, and the blocks are
-// added to zero in order. So c[v, i, j] depends on nothing but row i of x and row j of the weight, to the
-// last bit.
+// The sum has one fixed order, whatever the tile: K is cut into blocks of kGemmBlockK, a block is summed from
+// zero by one fused multiply-add after the other, and the blocks are added to zero in order. So c[v, i, j]
+// depends on nothing but row i of x and row j of the weight, to the last bit. This order is that of AVX2 and
+// AVX-512. With AVX512-BF16, bfloat16 has another one: blocks of 2 * kGemmBlockK, in which k and k + 1 change
+// places for every even k (one of 0 * 0 where k + 1 is K), and denormal numbers are taken as zero, operands
+// as well as results of the fused multiply-adds.
 struct GemmTile {
   FloatType type;
   const void* x;
@@ -48,7 +50,8 @@ static constexpr int64_t gemm_tile_scratch(int64_t cols) {
 using GemmTileKernel = void(const GemmTile& tile);
 GemmTileKernel gemm_tile_avx2;
 GemmTileKernel gemm_tile_avx512;
+GemmTileKernel gemm_tile_avx512_bf16;  // for bfloat16
 
-GemmTileKernel* gemm_tile_kernel(CpuIsa isa);
+GemmTileKernel* gemm_tile_kernel(CpuIsa isa, FloatType type);
 
 }  // namespace dtm_fast

@@ -17,13 +17,16 @@ constexpr int64_t kFewTokens = 32;
 // tile.scratch : kFewTokensScratch floats
 using MaskedFewTokens = void(const GemmTile& tile, const float* x);
 MaskedFewTokens masked_few_tokens_avx512;
+MaskedFewTokens masked_few_tokens_avx512_bf16;  // for bfloat16, in the order of its gemm_tile
 
 // A panel of 32 weight rows and the lane masks of one variant.
 constexpr int64_t kFewTokensScratch = 33 * kGemmBlockK;
 
-// out : float32 [ceil(K / kGemmBlockK), rows, kGemmBlockK], x padded with zeros
+// out : float32 [ceil(K / kGemmBlockK), rows, kGemmBlockK], x padded with zeros; with AVX512-BF16 pairs of
+// bfloat16, half as many
 using FewTokensX = void(FloatType type, const void* x, int64_t x_stride, int64_t rows, int64_t K, float* out);
 FewTokensX few_tokens_x_avx512;
+FewTokensX few_tokens_x_avx512_bf16;
 
 static constexpr int64_t few_tokens_x_size(int64_t rows, int64_t K) {
   return (K + kGemmBlockK - 1) / kGemmBlockK * kGemmBlockK * rows;

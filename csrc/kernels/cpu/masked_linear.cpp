@@ -113,15 +113,17 @@ void by_tiles(GemmTileKernel* gemm_tile, const MaskedLinear& args, int num_threa
                [&](int64_t task, int thread) { tiling.run(task, scratch.part(thread), gemm_tile); });
 }
 
-void by_few_tokens(const MaskedLinear& args, int num_threads) {
+void by_few_tokens(CpuIsa isa, const MaskedLinear& args, int num_threads) {
+  const bool pairs = isa >= CpuIsa::kAvx512Bf16 && args.type == FloatType::kBfloat16;
+  MaskedFewTokens* const multiply = pairs ? masked_few_tokens_avx512_bf16 : masked_few_tokens_avx512;
+  FewTokensX* const pack_x = pairs ? few_tokens_x_avx512_bf16 : few_tokens_x_avx512;
   const int64_t most_cols = args.V == 1 ? kFewTokensCols : kPanelCols;
   const Tiling tiling(args, kFewTokens, most_cols, kFewTokensVariants, num_threads);
   ScratchBuffer<float> x(1, few_tokens_x_size(args.M, args.K));
-  few_tokens_x_avx512(args.type, args.x, args.x_stride, args.M, args.K, x.part(0));
+  pack_x(args.type, args.x, args.x_stride, args.M, args.K, x.part(0));
   ScratchBuffer<float> scratch(threads_used(tiling.tasks(), num_threads), tiling.sums() + kFewTokensScratch);
   parallel_for(tiling.tasks(), num_threads, [&](int64_t task, int thread) {
-    tiling.run(task, scratch.part(thread),
-               [&](const GemmTile& tile) { masked_few_tokens_avx512(tile, x.part(0)); });
+    tiling.run(task, scratch.part(thread), [&](const GemmTile& tile) { multiply(tile, x.part(0)); });
   });
 }
 
@@ -132,10 +134,10 @@ void masked_linear(CpuIsa isa, const MaskedLinear& args, int num_threads) {
   if (isa == CpuIsa::kAmx && args.type == FloatType::kBfloat16) {
     return masked_linear_bfloat16(args, num_threads);
   }
-  GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa);
+  GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa, args.type);
   if (args.V == 0 || args.M == 0 || args.N == 0) return;
   if (isa >= CpuIsa::kAvx512 && args.M <= kFewTokens) {
-    by_few_tokens(args, num_threads);
+    by_few_tokens(isa, args, num_threads);
   } else {
     by_tiles(gemm_tile, args, num_threads);
   }

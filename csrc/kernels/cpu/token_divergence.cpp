@@ -71,7 +71,7 @@ class Summaries {
 // Rows t0 .. t0 + rows - 1, rows <= kChunkRows.
 void summarize_chunk(CpuIsa isa, const TokenDivergence& args, int64_t t0, int64_t rows, int num_threads,
                      Summaries& summaries) {
-  GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa);
+  GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa, args.type);
   const bool avx512 = isa >= CpuIsa::kAvx512;
   SummarizeLogits* const summarize = avx512 ? summarize_logits_avx512 : summarize_logits_avx2;
   RoundLogits* const round = avx512 ? round_logits_avx512 : round_logits_avx2;
