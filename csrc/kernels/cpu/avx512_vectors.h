@@ -43,7 +43,7 @@ inline __m512i bfloat16_lanes(__m512 value) {
 }
 
 // In place: r[j] lane i = old r[i] lane j. First inside each block of 4 x 4, then between the blocks.
-inline void transpose_16x16(__m512i r[16]) {
+__attribute__((always_inline)) inline void transpose_16x16(__m512i r[16]) {
 #pragma GCC unroll 4
   for (int g = 0; g < 16; g += 4) {
     const __m512i low01 = _mm512_unpacklo_epi32(r[g], r[g + 1]);

@@ -19,6 +19,9 @@
 #define DTM_FAST_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// What hands over arrays of vectors: called as a function, they would go through memory.
+#define DTM_FAST_INLINE __attribute__((always_inline)) inline
+
 namespace dtm_fast {
 namespace {
 
@@ -80,25 +83,98 @@ inline uint32_t mask_bits(const uint8_t* mask_row, int64_t k, int64_t K) {
 template <FloatType type>
 constexpr int64_t kVectorK = 64 / size_of(type);
 
-// r[i] lane j = weight[j0 + j, k0 + i] (bfloat16: the pair at k0 + 2 * i), zero where the mask says so,
-// beyond the tile and for i >= depth. mask (of row 0 of the tile) may be nullptr. Weights that are masked out
-// are never read, so what they hold does not count. Asks ahead for the same vector of the 16 rows at `next`.
+// Sixteen weight rows of a tile, from j0 on.
+struct SixteenRows {
+  SixteenRows(const GemmTile& tile, const uint8_t* mask_of_row_0, int64_t j0, FloatType type)
+      : weight(element(tile.weight, type, tile.weight_stride, j0, 0)),
+        weight_bytes(tile.weight_stride * size_of(type)),
+        mask(mask_of_row_0 == nullptr ? nullptr : mask_of_row_0 + j0 * tile.mask_row_stride),
+        mask_bytes(tile.mask_row_stride),
+        rows(tile.cols - j0 < 16 ? tile.cols - j0 : 16),
+        K(tile.K) {}
+
+  const char* weight;
+  int64_t weight_bytes;  // from row to row
+  const uint8_t* mask;   // nullptr: all of the weight counts
+  int64_t mask_bytes;
+  int64_t rows, K;
+};
+
+// Sixteen lines of memory to ask for, `step` bytes apart.
+struct Lines {
+  const char* first;
+  int64_t step;
+};
+
+// r[i] lane j = weight[j, k + i] (bfloat16: the pair at k + 2 * i), zero where the mask says so. Weights that
+// are masked out are never read, so what they hold does not count. Asks for 16 lines of `next` ahead. All 16
+// rows are there, and all of the vector. Unrolled: a row's index known only while running would send r
+// through memory.
+template <FloatType type, bool kMasked>
+DTM_FAST_INLINE void load_whole_transposed(const SixteenRows& w, int64_t k, const Lines& next,
+                                           __m512i r[16]) {
+  const char* from = w.weight + k * size_of(type);
+  const uint8_t* bits = w.mask + k / 8;
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < 16; ++j) {
+    _mm_prefetch(next.first + j * next.step, _MM_HINT_T1);
+    if (!kMasked) {
+      r[j] = _mm512_loadu_si512(from + j * w.weight_bytes);
+    } else if (type == FloatType::kFloat32) {
+      uint16_t lanes;
+      std::memcpy(&lanes, bits + j * w.mask_bytes, sizeof lanes);
+      r[j] = _mm512_maskz_loadu_epi32(lanes, from + j * w.weight_bytes);
+    } else {
+      uint32_t lanes;
+      std::memcpy(&lanes, bits + j * w.mask_bytes, sizeof lanes);
+      r[j] = _mm512_maskz_loadu_epi16(lanes, from + j * w.weight_bytes);
+    }
+  }
+  transpose_16x16(r);
+}
+
+// The same of what there is of a vector, zero beyond the tile and from `depth` on.
 template <FloatType type>
-inline void load_transposed(const GemmTile& tile, const uint8_t* mask, int64_t j0, int64_t k0, int64_t depth,
-                            const char* next, __m512i r[16]) {
-  const int64_t rows = tile.cols - j0 < 16 ? tile.cols - j0 : 16;
+inline void load_part_transposed(const SixteenRows& w, int64_t k, int64_t depth, const Lines& next,
+                                 __m512i r[16]) {
   const uint32_t inside = depth >= 32 ? ~uint32_t{0} : (uint32_t{1} << depth) - 1;
   for (int64_t j = 0; j < 16; ++j) {
     r[j] = _mm512_setzero_si512();
-    if (j >= rows) continue;
-    _mm_prefetch(next + j * tile.weight_stride * size_of(type), _MM_HINT_T1);
+    if (j >= w.rows) continue;
+    _mm_prefetch(next.first + j * next.step, _MM_HINT_T1);
     uint32_t lanes = inside;
-    if (mask != nullptr) lanes &= mask_bits(mask + (j0 + j) * tile.mask_row_stride, k0, tile.K);
-    const void* weights = element(tile.weight, type, tile.weight_stride, j0 + j, k0);
+    if (w.mask != nullptr) lanes &= mask_bits(w.mask + j * w.mask_bytes, k, w.K);
+    const void* weights = w.weight + j * w.weight_bytes + k * size_of(type);
     r[j] = type == FloatType::kFloat32 ? _mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), weights)
                                        : _mm512_maskz_loadu_epi16(lanes, weights);
   }
   transpose_16x16(r);
+}
+
+// Calls run(i, r) for the vectors of weight[:, k0 : k0 + depth], transposed, r being the one at k0 + i. With
+// the vector at i, the lines next(i) are asked for.
+template <FloatType type, typename Next, typename Run>
+DTM_FAST_INLINE void for_each_vector(const SixteenRows& w, int64_t k0, int64_t depth, const Next& next,
+                                     const Run& run) {
+  int64_t i = 0;
+  if (w.rows == 16 && w.mask != nullptr) {
+    for (; i + kVectorK<type> <= depth; i += kVectorK<type>) {
+      __m512i r[16];
+      load_whole_transposed<type, true>(w, k0 + i, next(i), r);
+      run(i, r);
+    }
+  } else if (w.rows == 16) {
+    for (; i + kVectorK<type> <= depth; i += kVectorK<type>) {
+      __m512i r[16];
+      load_whole_transposed<type, false>(w, k0 + i, next(i), r);
+      run(i, r);
+    }
+  }
+  for (; i < depth; i += kVectorK<type>) {
+    __m512i r[16];
+    load_part_transposed<type>(w, k0 + i, depth - i, next(i), r);
+    run(i, r);
+  }
 }
 
 // The lower and the higher of the pairs of bfloat16 in the lanes.
@@ -112,9 +188,10 @@ inline __m512i higher_of_pairs(__m512i pairs) {
 template <FloatType type, typename Lanes>
 void pack_16_columns(const GemmTile& tile, const uint8_t* mask, int64_t j0, int64_t k0, int64_t depth,
                      const char* next, float* panel) {
-  for (int64_t k = 0; k < depth; k += kVectorK<type>) {
-    __m512i r[16];
-    load_transposed<type>(tile, mask, j0, k0 + k, depth - k, next + k * size_of(type), r);
+  const SixteenRows w(tile, mask, j0, type);
+  const auto ahead = [&](int64_t k) { return Lines{next + k * size_of(type), w.weight_bytes}; };
+  for_each_vector<type>(w, k0, depth, ahead, [&](int64_t k, __m512i r[16]) __attribute__((always_inline)) {
+#pragma GCC unroll 16
     for (int64_t i = 0; i < 16; ++i) {
       if (type == FloatType::kFloat32 || Lanes::kLaneK == 2) {
         _mm512_storeu_si512(panel + (k / Lanes::kLaneK + i) * kPanelCols, r[i]);
@@ -123,7 +200,7 @@ void pack_16_columns(const GemmTile& tile, const uint8_t* mask, int64_t j0, int6
         _mm512_storeu_si512(panel + (k + 2 * i + 1) * kPanelCols, higher_of_pairs(r[i]));
       }
     }
-  }
+  });
 }
 
 // Where the lane masks of row k of a panel are: those of its first vector; the second's are 64 further. In

@@ -1,12 +1,10 @@
-#include "masked_few_tokens_fused.h"
+#include "masked_few_tokens_avx512.h"
 #include "pair_lanes_avx512_bf16.h"
 
 namespace dtm_fast {
 
-// Masking bfloat16 costs nothing while they are read, while the masks of pairs would be costly to transpose:
-// so every variant reads the weight again, from the cache.
 void masked_few_tokens_avx512_bf16(const GemmTile& tile, const float* x) {
-  multiply_all_fused<FloatType::kBfloat16, PairLanes>(tile, x);
+  multiply_few<FloatType::kBfloat16, PairLanes>(tile, x);
 }
 
 void few_tokens_x_avx512_bf16(FloatType, const void* x, int64_t x_stride, int64_t rows, int64_t K,
