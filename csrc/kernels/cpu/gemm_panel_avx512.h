@@ -83,6 +83,30 @@ inline uint32_t mask_bits(const uint8_t* mask_row, int64_t k, int64_t K) {
 template <FloatType type>
 constexpr int64_t kVectorK = 64 / size_of(type);
 
+// Asks the second-level cache for what is packed next: blocks of rows far apart, which the machine does not
+// foresee.
+inline void fetch_row(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+}
+
+// The next block of at most kMaxRows rows of x.
+template <FloatType type>
+void fetch_x(const GemmTile& tile, int64_t i0, int64_t k0, int64_t depth) {
+  for (int64_t i = i0; i < tile.rows && i < i0 + kMaxRows; ++i) {
+    fetch_row(element(tile.x, type, tile.x_stride, i, k0), depth * size_of(type));
+  }
+}
+
+// Weight rows j0 .. j1 - 1 of the block of K at k0, if there is one.
+template <FloatType type, typename Lanes>
+void fetch_weight(const GemmTile& tile, int64_t j0, int64_t j1, int64_t k0) {
+  if (k0 >= tile.K) return;
+  const int64_t bytes = block_depth<Lanes>(tile.K, k0) * size_of(type);
+  for (int64_t j = j0; j < j1; ++j) {
+    fetch_row(element(tile.weight, type, tile.weight_stride, j, k0), bytes);
+  }
+}
+
 // Sixteen weight rows of a tile, from j0 on.
 struct SixteenRows {
   SixteenRows(const GemmTile& tile, const uint8_t* mask_of_row_0, int64_t j0, FloatType type)
@@ -305,6 +329,9 @@ void multiply_tile(const GemmTile& tile) {
     }
     for_each_row_block(tile.rows, [&](int64_t i0, int64_t rows) {
       pack_x<type, Lanes>(tile, i0, rows, k0, depth, x);
+      fetch_x<type>(tile, i0 + rows, k0, depth);
+      fetch_weight<type, Lanes>(tile, tile.cols * i0 / tile.rows, tile.cols * (i0 + rows) / tile.rows,
+                                k0 + depth);
       const float* each = panels;
       for (int64_t v = 0; v < tile.variants; ++v) {
         float* c = tile.c + v * tile.c_variant_stride + i0 * tile.c_stride;

@@ -38,8 +38,8 @@ struct GemmTile {
 
 constexpr int64_t kGemmBlockK = 256;
 
-// Rows in a tile at most: a tile of their sums, 384 wide, takes half of a second-level cache of 1 MiB.
-constexpr int64_t kGemmTileRows = 384;
+// Rows in a tile at most: the more, the less often the weight is packed.
+constexpr int64_t kGemmTileRows = 512;
 
 // A block of at most 12 rows of x, and all weight rows of a block of K, in panels of 32. cols: times
 // variants.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "large_pages.h"
 #include "parallel_for.h"
 #include "quantize_int8.h"
 #include "scratch_buffer.h"
@@ -109,6 +110,7 @@ void by_packed_tokens(CpuIsa isa, const Int8Linear& args, int num_threads) {
 void int8_linear(CpuIsa isa, const Int8Linear& args, int num_threads) {
   require_cpu_isa(isa);
   if (args.K > kInt8LinearMaxK) throw std::invalid_argument("int8_linear: K is too large for int32 sums");
+  populate_large_pages(args.y, args.M * args.N * size_of(args.type), num_threads);
   if (isa >= CpuIsa::kAvx512Vnni && args.M >= kPackTokensFrom) {
     by_packed_tokens(isa, args, num_threads);
   } else {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "gemm_tile.h"
+#include "large_pages.h"
 #include "masked_few_tokens.h"
 #include "masked_linear_bfloat16.h"
 #include "parallel_for.h"
@@ -136,6 +137,7 @@ void masked_linear(CpuIsa isa, const MaskedLinear& args, int num_threads) {
   }
   GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa, args.type);
   if (args.V == 0 || args.M == 0 || args.N == 0) return;
+  populate_large_pages(args.y, args.V * args.M * args.N * size_of(args.type), num_threads);
   if (isa >= CpuIsa::kAvx512 && args.M <= kFewTokens) {
     by_few_tokens(isa, args, num_threads);
   } else {

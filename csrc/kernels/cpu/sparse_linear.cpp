@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "large_pages.h"
 #include "parallel_for.h"
 #include "scratch_buffer.h"
 #include "sparse_pack.h"
@@ -146,6 +147,7 @@ void sparse_linear(CpuIsa isa, const SparseLinear& args, int num_threads) {
   require_cpu_isa(isa);
   const SparseKernels& kernels = isa >= CpuIsa::kAvx512 ? kSparseAvx512 : kSparseAvx2;
   if (args.M == 0 || args.weight.N == 0) return;
+  populate_large_pages(args.y, args.M * args.weight.N * size_of(args.type), num_threads);
   Product(args, kernels).run(num_threads);
 }
 
