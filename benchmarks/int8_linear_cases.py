@@ -9,7 +9,7 @@ from benchmarks.case import OURS, OUT_OF_CACHE_BYTES, Case, Contest
 from benchmarks.correctness import Complaint, bit_equal, relative_error
 from benchmarks.goals import GeometricMeanGoal, Goal
 from benchmarks.interleave import Contender, prepared
-from benchmarks.limits import INSTRUCTIONS
+from benchmarks.limits import INSTRUCTIONS, reading
 from dtm_fast import ops
 from dtm_fast.ops.int8_linear import int8_linear_reference
 
@@ -24,6 +24,8 @@ SHAPES = [  # (M, K, N)
     (1, 4096, 4096),
 ]
 FBGEMM, EAGER, COMPILED = "FBGEMM", "eager W8A8", "compiled W8A8"
+# Beside us in every round, because the bandwidth of a shared machine drifts more than anything else.
+READING = "reading the weight"
 MEAN_GOALS = [
     GeometricMeanGoal("geometric mean ≥ 1.2 × FBGEMM", OPERATION, FBGEMM, 1.2),
     GeometricMeanGoal("geometric mean ≥ 5 × eager W8A8", OPERATION, EAGER, 5.0),
@@ -45,7 +47,7 @@ def _case(M: int, K: int, N: int, dtype: torch.dtype, compiled: bool) -> Case:  
         # The plan speaks of VNNI, of a machine without AMX; where there is AMX, it is the peak that counts.
         goals.append(Goal("≥ 70% of the int8 AMX peak", "share", ("int8_amx",), 0.70, if_available=True))
     if M == 1:
-        goals.append(Goal("≥ 85% of read bandwidth", "share", ("read",), 0.85))
+        goals.append(Goal("≥ 85% of the speed of reading the weight", "speed", (READING,), 0.85))
     return Case(
         OPERATION,
         M,
@@ -90,6 +92,8 @@ def _build(case: Case, compiled: bool) -> Contest:
         floating("oneDNN float32", torch_peers.onednn, torch.float32),
         floating("F.linear bfloat16", torch_peers.dense, torch.bfloat16),
     ]
+    if case.M == 1:
+        contenders.append(prepared(READING, [lambda q=q: reading(q) for q in qweights], lambda *_: None))
     reason = torch_peers.why_no_torchao()
     contenders.append(
         Contender("torchao W8A8", unavailable=reason)

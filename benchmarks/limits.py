@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +58,15 @@ def load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"{files[-1].name} cannot be loaded: {error}; make bench-limits"
     return module, "loaded"
+
+
+def reading(memory: torch.Tensor) -> Callable[[], float]:
+    """A call that reads a tensor's memory once with all threads, and does nothing else."""
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(reason)
+    threads = torch.get_num_threads()
+    return lambda: float(module.read(memory.data_ptr(), memory.nbytes, threads))
 
 
 class Probe:
