@@ -1,15 +1,15 @@
 """Linear layer with int8 weights, for inference."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from dtm_fast import ops
+from dtm_fast.nn.linear_layer import LinearLayer
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(LinearLayer):
     """Multiplies by int8 weights and quantizes its input per token: `ops.int8_linear` as a layer.
 
     Its state is that of an int-quantized layer of compressed-tensors (W8A8, dynamic per token): `weight` int8
@@ -28,11 +28,10 @@ class Int8Linear(nn.Module):
     The weights are zeros until they are loaded; `from_linear` makes a layer out of another.
     """
 
-    in_features: int
-    out_features: int
+    uncast = ("weight", "weight_scale")
+
     weight: torch.Tensor
     weight_scale: torch.Tensor  # [N, 1], not [N]: the shape in the checkpoints that others write and read
-    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -43,8 +42,7 @@ class Int8Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """See the class."""
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features)
         self.register_buffer(
             "weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         )
@@ -74,31 +72,12 @@ class Int8Linear(nn.Module):
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The torch.nn.Linear of `(weight * weight_scale).to(dtype)`; None is torch's default dtype."""
         dtype = dtype or torch.get_default_dtype()
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter((self.weight.float() * self.weight_scale).to(dtype))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(dtype, copy=True))
-        return linear.train(self.training)
+        bias = None if self.bias is None else self.bias.to(dtype, copy=True)
+        return self.linear_of((self.weight.float() * self.weight_scale).to(dtype), bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`ops.int8_linear(x, weight, weight_scale, bias)`: [..., K], float32 or bfloat16, to [..., N]."""
         return ops.int8_linear(x, self.weight, self.weight_scale.squeeze(1), self.bias)
-
-    def extra_repr(self) -> str:
-        """The sizes, as torch.nn.Linear prints them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Int8Linear":
-        """Moves the weight and its scale wherever torch moves them, but keeps their values as they are."""
-        weight, scale = self.weight, self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.dtype != weight.dtype:
-            self.weight = weight.to(self.weight.device)
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return self
 
     def _load_from_state_dict(
         self,

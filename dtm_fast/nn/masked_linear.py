@@ -4,11 +4,12 @@ import torch
 from torch import nn
 
 from dtm_fast import ops
+from dtm_fast.nn.linear_layer import LinearLayer
 from dtm_fast.ops import checks
 from dtm_fast.ops.mask_bits import check_packed
 
 
-class MaskedLinear(nn.Module):
+class MaskedLinear(LinearLayer):
     """Multiplies by the weights that a mask keeps: `ops.masked_linear` as a layer.
 
     `weight` [N, K] and `bias` [N] are parameters, `mask` is a buffer, one bit per weight: uint8
@@ -25,8 +26,6 @@ class MaskedLinear(nn.Module):
     Parameters start as those of torch.nn.Linear, and the mask keeps them all.
     """
 
-    in_features: int
-    out_features: int
     weight: torch.Tensor
     mask: torch.Tensor
     bias: nn.Parameter | None
@@ -40,8 +39,7 @@ class MaskedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """See the class."""
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features)
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
@@ -73,11 +71,8 @@ class MaskedLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """The torch.nn.Linear of a copy of the weight that is zero where it is masked out."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(ops.apply_mask(self.weight.detach(), self.mask))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear.train(self.training)
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return self.linear_of(ops.apply_mask(self.weight.detach(), self.mask), bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`ops.masked_linear(x, weight, mask, bias)`: [..., K] in the dtype of weight to [..., N].
@@ -91,12 +86,6 @@ class MaskedLinear(nn.Module):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return ops.masked_linear(x, weight, self.mask, bias)
-
-    def extra_repr(self) -> str:
-        """The sizes, as torch.nn.Linear prints them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
 
 
 def _packed(mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,18 @@
 """Linear layer over the kept entries of a pruned weight, for inference."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from dtm_fast import ops
+from dtm_fast.nn.linear_layer import LinearLayer
 from dtm_fast.ops.sparse_linear import packed_sparse_linear
 
 _PACKED = ("values", "columns", "rows", "steps")
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(LinearLayer):
     """Multiplies by the kept entries of a weight, packed once: `ops.sparse_linear` as a layer.
 
     Its state is the packed weight (`values`, `columns`, `rows`, `steps`, as SparseWeight describes them) and
@@ -30,13 +30,12 @@ class SparseLinear(nn.Module):
     Nothing is kept until a state is loaded; `from_linear` makes a layer out of another.
     """
 
-    in_features: int
-    out_features: int
+    uncast = ("values",)
+
     values: torch.Tensor
     columns: torch.Tensor
     rows: torch.Tensor
     steps: torch.Tensor
-    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -47,8 +46,7 @@ class SparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """See the class."""
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features)
         empty = ops.SparseWeight.empty(out_features, in_features, device)
         for name in _PACKED:
             self.register_buffer(name, getattr(empty, name))
@@ -90,30 +88,13 @@ class SparseLinear(nn.Module):
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """The torch.nn.Linear of the weight with 0 where nothing is kept; None is torch's default dtype."""
         dtype = dtype or torch.get_default_dtype()
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.to_dense().to(dtype))
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.to(dtype, copy=True))
-        return linear.train(self.training)
+        bias = None if self.bias is None else self.bias.to(dtype, copy=True)
+        return self.linear_of(self.weight.to_dense().to(dtype), bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`ops.sparse_linear(x, weight, bias)`: [..., K], float32 or bfloat16, to [..., N]."""
         packed = (self.values, self.columns, self.rows, self.steps)
         return packed_sparse_linear(x, *packed, self.out_features, self.in_features, self.bias)
-
-    def extra_repr(self) -> str:
-        """The sizes, as torch.nn.Linear prints them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "SparseLinear":
-        """Moves the weight wherever torch moves it, but keeps its values as they are."""
-        values = self.values
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.values.dtype != values.dtype:
-            self.values = values.to(self.values.device)
-        return self
 
     def _load_from_state_dict(
         self,

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from same_state import assert_same_state
 
 import dtm_fast as dtm
 from dtm_fast import nn, ops
@@ -18,14 +19,6 @@ def random_layer(
     torch.manual_seed(0)
     linear = torch.nn.Linear(*features, bias, dtype=dtype)
     return linear, nn.Int8Linear.from_linear(linear)
-
-
-def assert_same_state(layer: torch.nn.Module, other: torch.nn.Module) -> None:
-    state, others = layer.state_dict(), other.state_dict()
-    assert list(state) == list(others)
-    for name, value in state.items():
-        assert value.dtype == others[name].dtype
-        assert torch.equal(value, others[name])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from same_state import assert_same_state
 
 from dtm_fast import nn, ops
 
@@ -18,14 +19,6 @@ def random_layer(
     linear = torch.nn.Linear(*features, bias, dtype=dtype)
     kept = torch.rand(linear.weight.shape) < 0.5
     return linear, nn.MaskedLinear.from_linear(linear, kept), kept
-
-
-def assert_same_state(layer: torch.nn.Module, other: torch.nn.Module) -> None:
-    state, others = layer.state_dict(), other.state_dict()
-    assert list(state) == list(others)
-    for name, value in state.items():
-        assert value.dtype == others[name].dtype
-        assert torch.equal(value, others[name])
 
 
 @torch.no_grad()

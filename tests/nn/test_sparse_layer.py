@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from same_state import assert_same_state
 
 from dtm_fast import nn, ops
 
@@ -18,14 +19,6 @@ def random_layer(
     linear = torch.nn.Linear(*features, bias, dtype=dtype)
     mask = torch.rand(linear.weight.shape) < 0.3
     return linear, mask, nn.SparseLinear.from_linear(linear, mask)
-
-
-def assert_same_state(layer: torch.nn.Module, other: torch.nn.Module) -> None:
-    state, others = layer.state_dict(), other.state_dict()
-    assert list(state) == list(others)
-    for name, value in state.items():
-        assert value.dtype == others[name].dtype
-        assert torch.equal(value, others[name])
 
 
 @torch.no_grad()

@@ -76,7 +76,9 @@ def test_all_instruction_sets_give_the_same_bits(isas: tuple[str, ...]) -> None:
     for dtype in DTYPES:
         x, weight, kept = random_case(250, 77, 601, dtype, 2)
         results = []
-        for each in isas if dtype == torch.float32 else [each for each in isas if each not in ("avx512_bf16", "amx")]:
+        for each in (
+            isas if dtype == torch.float32 else [each for each in isas if each not in ("avx512_bf16", "amx")]
+        ):
             with native.use_cpu_isa(each):
                 results.append(ops.masked_linear(x, weight, ops.pack_mask(kept), backend="cpu"))
         assert all(torch.equal(result, results[0]) for result in results)

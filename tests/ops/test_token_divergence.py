@@ -153,7 +153,9 @@ def test_all_instruction_sets_give_the_same_bits(isas: tuple[str, ...]) -> None:
         hidden, lm_head = torch.randn(3, 90, 300).to(dtype), torch.randn(777, 300).to(dtype)
         reference = torch.randint(0, 777, (3, 90))
         results = []
-        for each in isas if dtype == torch.float32 else [each for each in isas if each not in ("avx512_bf16", "amx")]:
+        for each in (
+            isas if dtype == torch.float32 else [each for each in isas if each not in ("avx512_bf16", "amx")]
+        ):
             with native.use_cpu_isa(each):
                 results.append(ops.token_divergence(hidden, lm_head, reference, backend="cpu"))
         for result in results:
