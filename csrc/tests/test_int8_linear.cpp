@@ -88,6 +88,14 @@ int main() {
     // Several blocks of K and several tiles of tokens.
     test_shape(isa, 70, 70, 2500, Values::kExtremes, FloatType::kFloat32, true);
     test_shape(isa, 600, 37, 700, Values::kRandom, FloatType::kBfloat16, true);
+    // More tokens than there are threads: each thread packs its own.
+    test_shape(isa, 1061, 131, 130, Values::kExtremes, FloatType::kFloat32, true);
+    test_shape(isa, 1024, 98, 66, Values::kRandom, FloatType::kBfloat16, true);
+    // Two, three and four vectors of tokens; the last columns fill no register block and no cache line.
+    for (int64_t M : {32, 47, 64, 65}) {
+      test_shape(isa, M, 101, 70, Values::kExtremes, FloatType::kFloat32, false);
+      test_shape(isa, M, 127, 67, Values::kExtremes, FloatType::kBfloat16, true);
+    }
     test_shape(isa, 9, 5, kInt8LinearMaxK, Values::kExtremes, FloatType::kFloat32, false);
     test_shape(isa, 5, 5, kInt8LinearMaxK, Values::kExtremes, FloatType::kFloat32, false);
     CHECK(!refuses_depth(isa, kInt8LinearMaxK));

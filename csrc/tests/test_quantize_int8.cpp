@@ -61,13 +61,44 @@ void test_shape(CpuIsa isa, FloatType type, int64_t M, int64_t K, int64_t stride
   }
 }
 
+// Quotients at a half and a few units in the last place beside it, in every lane.
+void test_near_halves(CpuIsa isa, FloatType type) {
+  Random random(17);
+  for (int64_t K : {64, 200}) {
+    for (int round = 0; round < 200; ++round) {
+      std::vector<float> row(static_cast<size_t>(K));
+      const float absmax =
+          std::ldexp(1.0f + std::fabs(random.uniform()), static_cast<int>(random.integer(-90, 90)));
+      for (int64_t k = 0; k < K; ++k) {
+        float near = (static_cast<float>(random.integer(-127, 126)) + 0.5f) * (absmax / 127.0f);
+        for (int64_t steps = random.integer(0, 3); steps > 0; --steps) {
+          near = std::nextafter(near, random.bits() % 2 == 0 ? 0.0f : 2.0f * near);
+        }
+        row[static_cast<size_t>(k)] = k == K / 2 ? absmax : near;
+      }
+      GuardedBuffer<float> wide(K);
+      GuardedBuffer<uint16_t> narrow(K);
+      void* x = type == FloatType::kFloat32 ? static_cast<void*>(wide.data()) : narrow.data();
+      store_floats(x, type, 0, row.data(), K);
+      for (int64_t k = 0; k < K; ++k) row[static_cast<size_t>(k)] = load(x, type, k);
+      GuardedBuffer<int8_t> qx(K);
+      GuardedBuffer<float> scale(1);
+      std::vector<int8_t> expected(static_cast<size_t>(K));
+      quantize_int8(isa, {x, type, K, 1, K, qx.data(), scale.data()}, 1);
+      CHECK(scale[0] == quantize_row(row.data(), K, expected.data()));
+      CHECK(std::memcmp(qx.data(), expected.data(), static_cast<size_t>(K)) == 0);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   for_each_isa([](CpuIsa isa) {
     for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
+      test_near_halves(isa, type);
       for (float magnitude : {1.0f, 1e-44f, 1e-38f, 3e38f}) {
-        for (int64_t K : {0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 123}) {
+        for (int64_t K : {0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 123, 130}) {
           for (int64_t M : {0, 1, 5, 40}) test_shape(isa, type, M, K, K + 3, magnitude);
         }
       }

@@ -40,6 +40,18 @@ def test_rounds_half_to_even(backend: str) -> None:
     assert qweight.tolist() == [[127, 0, 2, 2, 0, -2, -126]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quotients_near_a_half(backend: str, dtype: torch.dtype) -> None:
+    absmax = torch.rand(300, 1) + 0.5
+    weight = (torch.randint(-127, 127, (300, 150)) + 0.5) * (absmax / 127)
+    for _ in range(3):
+        toward = torch.where(torch.rand(weight.shape) < 0.5, 0.0, 2 * weight)
+        weight = torch.where(torch.rand(weight.shape) < 0.5, torch.nextafter(weight, toward), weight)
+    weight[:, 77:78] = absmax
+    weight = weight.to(dtype)
+    assert same(ops.quantize_int8(weight, backend=backend), ops.quantize_int8(weight, backend="reference"))
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-45, 60e-45, 100e-45, 200e-45, 1e-38, 1e38, 3.4e38])
 def test_tiny_and_huge_rows(backend: str, size: float) -> None:
     weight = torch.tensor([[size, -size / 2, 0.0], [1.0, 2.0, 3.0]])

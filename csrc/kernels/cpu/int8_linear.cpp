@@ -19,6 +19,14 @@ constexpr int64_t kDotTileCols = 256;
 constexpr int64_t kDotTileRows = 240;
 // The packed tokens of a tile stay in the second-level cache while the weights pass by.
 constexpr int64_t kTokenTileBytes = int64_t{1} << 20;
+// Columns of a tile of packed tokens for VNNI: one block of its sums.
+constexpr int64_t kTokenTileCols = 96;
+// Rows that a thread quantizes for itself: packed they stay in its second-level cache.
+constexpr int64_t kOwnRows = 128;
+// So many such tasks per thread leave none idle for long at the end.
+constexpr int64_t kOwnTasks = 4;
+// Each of them reads the weight anew, which must not come from memory.
+constexpr int64_t kOwnWeightBytes = int64_t{4} << 20;
 // Fewer tokens would leave most of a vector of 16 idle.
 constexpr int64_t kPackTokensFrom = 8;
 
@@ -78,28 +86,69 @@ void by_dot_products(CpuIsa isa, const Int8Linear& args, int num_threads) {
                 });
 }
 
+// Quantizes and packs token block `block`.
+void pack_block(const Int8Linear& args, int64_t block, int8_t* qx, int8_t* packed, float* scale,
+                int32_t* start) {
+  const int64_t m0 = block * kInt8TokenBlock;
+  const int64_t count = std::min(kInt8TokenBlock, args.M - m0);
+  quantize_int8_rows_avx512(token(args, m0), args.type, args.x_stride, count, args.K, qx, scale);
+  int8_pack_tokens_avx512(qx, count, args.K, packed, start);
+}
+
+// With enough rows for every thread, each quantizes some of its own and multiplies them by all of the weight:
+// no thread waits for another, nor reads tokens out of its cache.
+void by_own_tokens(const Int8Linear& args, int num_threads) {
+  const int64_t block_size = kInt8TokenBlock * 4 * int8_token_groups(args.K);
+  const int64_t tasks = (args.M + kOwnRows - 1) / kOwnRows;
+  const int64_t blocks = kOwnRows / kInt8TokenBlock;
+  const int threads = threads_used(tasks, num_threads);
+  ScratchBuffer<int8_t> packed(threads, blocks * block_size);
+  ScratchBuffer<int8_t> quantized(threads, kInt8TokenBlock * args.K);
+  ScratchBuffer<float> scale(threads, kOwnRows);
+  ScratchBuffer<int32_t> start(threads, kOwnRows);
+  parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
+    const int64_t m0 = task * kOwnRows;
+    const int64_t rows = std::min(kOwnRows, args.M - m0);
+    const Int8Tokens tokens = {packed.part(thread), scale.part(thread), start.part(thread)};
+    for (int64_t i = 0; i < rows; i += kInt8TokenBlock) {
+      pack_block(args, (m0 + i) / kInt8TokenBlock, quantized.part(thread),
+                 tokens.packed + i / kInt8TokenBlock * block_size, tokens.scale + i, tokens.start + i);
+    }
+    Int8Linear own = args;
+    own.y = static_cast<char*>(args.y) + m0 * args.N * size_of(args.type);
+    own.M = rows;
+    int8_token_tile_avx512_vnni(own, tokens, 0, rows, 0, args.N);
+  });
+}
+
+bool has_own_tokens(const Int8Linear& args, int num_threads) {
+  const bool enough_rows = args.M >= kOwnRows * kOwnTasks * std::max(1, num_threads);
+  return enough_rows && args.N * args.K <= kOwnWeightBytes;
+}
+
 void by_packed_tokens(CpuIsa isa, const Int8Linear& args, int num_threads) {
   const bool amx = isa == CpuIsa::kAmx;
+  if (!amx && has_own_tokens(args, num_threads)) {
+    by_own_tokens(args, num_threads);
+    return;
+  }
   const int64_t blocks = (args.M + kInt8TokenBlock - 1) / kInt8TokenBlock;
   const int64_t block_size = kInt8TokenBlock * 4 * int8_token_groups(args.K);
-  ScratchBuffer<uint8_t> packed(1, blocks * block_size);
-  ScratchBuffer<float> scale_x(1, args.M);
-  const Int8Tokens tokens = {packed.part(0), scale_x.part(0)};
+  ScratchBuffer<int8_t> packed(1, blocks * block_size);
+  ScratchBuffer<float> scale(1, args.M);
+  ScratchBuffer<int32_t> start(1, blocks * kInt8TokenBlock);
+  const Int8Tokens tokens = {packed.part(0), scale.part(0), start.part(0)};
   ScratchBuffer<int8_t> quantized(threads_used(blocks, num_threads), kInt8TokenBlock * args.K);
   parallel_for(blocks, num_threads, [&](int64_t block, int thread) {
     const int64_t m0 = block * kInt8TokenBlock;
-    const int64_t count = std::min(kInt8TokenBlock, args.M - m0);
-    int8_t* qx = quantized.part(thread);
-    for (int64_t i = 0; i < count; ++i) {
-      tokens.scale[m0 + i] =
-          quantize_int8_row_avx512(token(args, m0 + i), args.type, args.K, qx + i * args.K);
-    }
-    int8_pack_tokens_avx512(qx, count, args.K, !amx, tokens.packed + block * block_size);
+    pack_block(args, block, quantized.part(thread), tokens.packed + block * block_size, tokens.scale + m0,
+               tokens.start + m0);
   });
   Int8TokenTile* const token_tile = amx ? int8_token_tile_amx : int8_token_tile_avx512_vnni;
   const int64_t fitting_rows = kTokenTileBytes / std::max(int64_t{1}, block_size) * kInt8TokenBlock;
-  const int64_t tile_rows = std::clamp(fitting_rows / 32 * 32, int64_t{32}, kInt8TokenTileRows);
-  for_each_tile(args, tile_rows, kTileCols, num_threads,
+  const int64_t step = amx ? 32 : 64;  // the tokens that are multiplied at a time
+  const int64_t tile_rows = std::clamp(fitting_rows / step * step, step, kInt8TokenTileRows);
+  for_each_tile(args, tile_rows, amx ? kTileCols : kTokenTileCols, num_threads,
                 [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, int) {
                   token_tile(args, tokens, m0, rows, n0, cols);
                 });

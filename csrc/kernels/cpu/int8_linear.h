@@ -19,8 +19,8 @@ namespace dtm_fast {
 //   y[m, n]   = type(float32(acc[m, n]) * (scale_x[m] * scale_w[n]) + bias[n])        (each step rounded)
 //
 // K <= kInt8LinearMaxK. Since |qx * qweight| <= 2^14, every sum over so many stays below 2^31. A kernel may
-// pass through larger sums (VNNI adds 128 to qx and takes 128 * sum_k qweight[n, k] away again): int32
-// additions wrap modulo 2^32, so the final value is right whenever it fits.
+// pass through larger sums (VNNI adds 128 to one factor and takes 128 times the sum of the other away again):
+// int32 additions wrap modulo 2^32, so the final value is right whenever it fits.
 struct Int8Linear {
   FloatType type;
   const void* x;
@@ -48,12 +48,14 @@ Int8DotTile int8_dot_tile_avx512_vnni;
 // Many tokens: the weight is read as it lies, and 16 tokens share a vector or a tile. So nothing of the
 // weight is packed beforehand, only the tokens, while they are quantized.
 //
-// packed   : [ceil(M / 16), groups, 16, 4] bytes, groups = int8_token_groups(K): four neighbours of K per
-//            token; qx + 128 unsigned for VNNI, qx for AMX; what lies beyond M or K is never used, or is 0.
+// packed   : [ceil(M / 16), groups, 16, 4] = qx, groups = int8_token_groups(K): four neighbours of K for each
+//            token, 0 beyond M and K
 // scale    : [M] float32
+// start    : [16 * ceil(M / 16)] = -128 * sum_k qx[m, k], where the sums of VNNI start
 struct Int8Tokens {
-  uint8_t* packed;
+  int8_t* packed;
   float* scale;
+  int32_t* start;
 };
 
 constexpr int64_t kInt8TokenBlock = 16;
@@ -61,7 +63,7 @@ constexpr int64_t kInt8TokenBlock = 16;
 static constexpr int64_t int8_token_groups(int64_t K) { return (K + 63) / 64 * 16; }
 
 // Packs a block of `count` <= 16 tokens, [count, K].
-void int8_pack_tokens_avx512(const int8_t* qx, int64_t count, int64_t K, bool offset, uint8_t* packed);
+void int8_pack_tokens_avx512(const int8_t* qx, int64_t count, int64_t K, int8_t* packed, int32_t* start);
 
 // y[m0 : m0 + rows, n0 : n0 + cols]; m0 is a multiple of kInt8TokenBlock, rows <= kInt8TokenTileRows.
 using Int8TokenTile = void(const Int8Linear& args, const Int8Tokens& tokens, int64_t m0, int64_t rows,

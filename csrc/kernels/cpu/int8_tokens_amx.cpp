@@ -43,7 +43,7 @@ struct Next {
 
 // sums [2, 2, 16, 16] (+)= panel @ tokens over the steps: the halves of the panel, then of the tokens.
 template <int kWeightTiles, int kTokenTiles>
-void multiply_tiles(const int8_t* panel, const uint8_t* tokens, int64_t block_size, int64_t steps, bool first,
+void multiply_tiles(const int8_t* panel, const int8_t* tokens, int64_t block_size, int64_t steps, bool first,
                     const Next& next, int32_t* sums) {
   constexpr int64_t kTile = kTileRows * kTileRows;
   if (first) {
@@ -95,7 +95,7 @@ void multiply_columns(const Int8Linear& args, const Int8Tokens& tokens, int64_t 
     const int64_t next_count = last ? smaller(kBlock, args.N - n0 - kBlock) : cols;
     const int64_t share = (kBlock * kBlock + rows - 1) / rows;
     for (int64_t i = 0; i < rows; i += kBlock) {
-      const uint8_t* block = tokens.packed + (m0 + i) / kLanes * block_size + s0 * kTileBytes;
+      const int8_t* block = tokens.packed + (m0 + i) / kLanes * block_size + s0 * kTileBytes;
       int32_t* block_sums = sums + i / kBlock * kSumsBlock;
       const bool two_tokens = rows - i > kLanes, two_weights = cols > kTileRows;
       const auto multiply = two_weights ? (two_tokens ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
@@ -109,7 +109,7 @@ void multiply_columns(const Int8Linear& args, const Int8Tokens& tokens, int64_t 
         for (int64_t j = 0; j < cols; j += kCols) {
           const int32_t* tile = block_sums + (2 * (j / kTileRows) + (t - i) / kLanes) * kTileRows * kTileRows;
           store_block<type>(args, tokens.scale + m0 + t, m0 + t, smaller(kLanes, rows - t), n0 + j,
-                            smaller(kCols, cols - j), tile, kTileRows, nullptr);
+                            smaller(kCols, cols - j), tile, kTileRows);
         }
       }
     }

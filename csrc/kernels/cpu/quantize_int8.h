@@ -29,6 +29,9 @@ void quantize_int8(CpuIsa isa, const QuantizeInt8& args, int num_threads);
 
 // One row; returns its scale.
 float quantize_int8_row_avx2(const void* x, FloatType x_type, int64_t K, int8_t* qx);
-float quantize_int8_row_avx512(const void* x, FloatType x_type, int64_t K, int8_t* qx);
+
+// A few rows: x is read twice, and between the two a cache is to hold it.
+void quantize_int8_rows_avx512(const void* x, FloatType x_type, int64_t x_stride, int64_t rows, int64_t K,
+                               int8_t* qx, float* scale);
 
 }  // namespace dtm_fast
