@@ -28,6 +28,8 @@ def choose(operation: str, backend: str | None, device: torch.device) -> str:
     Raise ValueError if `backend` is unknown, RuntimeError if it cannot run.
     """
     if backend is None:
+        if device.type == "cpu" and native.cpu_isa() != "reference":
+            return "cpu"  # as below, without the reason, which takes longer than a small product
         chosen, _ = default(operation, device.type)
         if chosen == "reference" and device.type == "cpu":
             _warn_if_not_built()

@@ -103,7 +103,7 @@ def cpu_call() -> tuple[ModuleType, int, int]:
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """[..., K] as [rows, K] with contiguous columns and any row stride, as kernels read it."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
