@@ -91,21 +91,29 @@ void multiply_rows(const float* values, const uint8_t* columns, int64_t steps, c
     }
   };
   constexpr int64_t kLine = kSparseLanes * kSparseWord;  // the same for four steps of values as for a word
-  int64_t s = 0;
-  for (; s + kSparseWord <= steps; s += kSparseWord, values += kLine, columns += kLine) {
-    uint32_t word[kRows];
+  // The words are loaded four steps ahead: on Zen 5 the loop takes 6% longer where an address waits for
+  // the load of its own word.
+  uint32_t word[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) word[r] = load_word(columns + r * kSparseWord);
+  for (int r = 0; r < kRows; ++r) word[r] = steps > 0 ? load_word(columns + r * kSparseWord) : 0;
+  for (; steps >= kSparseWord; steps -= kSparseWord, values += kLine) {
+    columns += steps > kSparseWord ? kLine : 0;  // nothing is read beyond the last word
+    uint32_t next[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) next[r] = load_word(columns + r * kSparseWord);
 #pragma GCC unroll 4
     for (int j = 0; j < kSparseWord; ++j) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) step(r, word[r] >> (8 * j), values + j * kSparseLanes + r);
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) word[r] = next[r];
   }
-  for (int64_t j = 0; j < steps - s; ++j) {
+  for (; steps > 0; --steps, values += kSparseLanes) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      step(r, columns[r * kSparseWord + j], values + j * kSparseLanes + r);
+      step(r, word[r], values + r);
+      word[r] >>= 8;
     }
   }
 #pragma GCC unroll 8
@@ -143,9 +151,9 @@ void multiply_tokens(const SparseBlock& block, const float* xt, int64_t tokens, 
     case 2:
       return multiply_groups<2, 4, first>(block, xt, y, c);
     case 3:
-      return multiply_groups<3, 2, first>(block, xt, y, c);
+      return multiply_groups<3, 4, first>(block, xt, y, c);
     default:
-      return multiply_groups<4, 2, first>(block, xt, y, c);
+      return multiply_groups<4, 4, first>(block, xt, y, c);
   }
 }
 
