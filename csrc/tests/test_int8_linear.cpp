@@ -78,7 +78,7 @@ bool refuses_depth(CpuIsa isa, int64_t K) {
 int main() {
   for_each_isa([](CpuIsa isa) {
     for (int64_t K : {0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 123, 200}) {
-      for (int64_t M : {0, 1, 3, 4, 6, 17, 33, 257}) {
+      for (int64_t M : {0, 1, 2, 3, 4, 6, 17, 33, 257}) {
         for (int64_t N : {0, 1, 3, 4, 5, 63, 66}) {
           test_shape(isa, M, N, K, Values::kRandom, FloatType::kFloat32, true);
           test_shape(isa, M, N, K, Values::kExtremes, FloatType::kBfloat16, false);
@@ -95,6 +95,11 @@ int main() {
     for (int64_t M : {32, 47, 64, 65}) {
       test_shape(isa, M, 101, 70, Values::kExtremes, FloatType::kFloat32, false);
       test_shape(isa, M, 127, 67, Values::kExtremes, FloatType::kBfloat16, true);
+    }
+    // Several panels of few tokens, a thread's run of several tiles, and the last of the few tokens.
+    for (int64_t M : {1, 4, 5, 8, 11, 16, 24, 25, 64, 65}) {
+      test_shape(isa, M, 70, 1100, Values::kExtremes, FloatType::kBfloat16, true);
+      test_shape(isa, M, 603, 140, Values::kRandom, FloatType::kFloat32, true);
     }
     test_shape(isa, 9, 5, kInt8LinearMaxK, Values::kExtremes, FloatType::kFloat32, false);
     test_shape(isa, 5, 5, kInt8LinearMaxK, Values::kExtremes, FloatType::kFloat32, false);

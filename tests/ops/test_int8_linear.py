@@ -18,6 +18,11 @@ SHAPES = [
     (257, 3, 17),
     (1090, 130, 70),
     (64, 97, 66),
+    (2, 700, 130),
+    (7, 333, 1030),
+    (16, 38, 1536),
+    (24, 66, 513),
+    (25, 66, 513),
     (0, 5, 8),
     (5, 0, 8),
     (5, 8, 0),
@@ -125,6 +130,23 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads(isa: str, threads: No
     assert torch.equal(ops.int8_linear(x, qweight, scale, backend="cpu"), batch)
     for row in (0, 1, 255, 256, 299):
         assert torch.equal(ops.int8_linear(x[row : row + 1], qweight, scale, backend="cpu")[0], batch[row])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 16, 24, 25])
+def test_few_tokens_in_rows_of_a_larger_tensor(isa: str, rows: int) -> None:
+    x, qweight, scale = random_case(rows, 69, 1090)
+    expected = one_liner(x, qweight, scale, None)
+    wide_x, wide_q = torch.full((rows, 1200), 9.0), torch.full((69, 1300), 99, dtype=torch.int8)
+    wide_x[:, 3:1093], wide_q[:, 5:1095] = x, qweight
+    y = ops.int8_linear(wide_x[:, 3:1093], wide_q[:, 5:1095], scale, backend="cpu")
+    assert torch.equal(y, expected)
+
+
+def test_scales_whose_sum_overflows(backend: str) -> None:
+    x, qweight, _ = random_case(3, 4, 8)
+    scale = torch.full((4,), 2e38)
+    expected = one_liner(x, qweight, scale, None)
+    assert torch.equal(ops.int8_linear(x, qweight, scale, backend=backend), expected)
 
 
 def test_wrong_arguments(backend: str) -> None:

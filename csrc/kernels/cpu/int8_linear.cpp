@@ -13,8 +13,10 @@ namespace dtm_fast {
 namespace {
 
 constexpr int64_t kTileCols = 64;
-// Few tokens: the longer a thread reads on in the weights, the better memory is used.
 constexpr int64_t kDotTileCols = 256;
+// So many tokens or fewer wait for the weights. Then every thread reads one run of them: memory gives most to
+// few long streams.
+constexpr int64_t kFewTokens = 64;
 // Rows of a tile of dot products: few, for its int32 sums (60 to 240 KiB) to stay in the second-level cache.
 constexpr int64_t kDotTileRows = 240;
 // The packed tokens of a tile stay in the second-level cache while the weights pass by.
@@ -27,8 +29,13 @@ constexpr int64_t kOwnRows = 128;
 constexpr int64_t kOwnTasks = 4;
 // Each of them reads the weight anew, which must not come from memory.
 constexpr int64_t kOwnWeightBytes = int64_t{4} << 20;
-// Fewer tokens would leave most of a vector of 16 idle.
-constexpr int64_t kPackTokensFrom = 8;
+// Fewer tokens would leave most of a tile of 16 idle.
+constexpr int64_t kPackTokensFromAmx = 8;
+// Fewer tokens are finished before the weights have come; dot products read those in the order of memory.
+constexpr int64_t kPackTokensFromVnni = 25;
+// A row of quantized tokens is an odd multiple of this long, so that the same part of 16 tokens, together
+// with weights, fit into a first-level cache whose ways hold 4 KiB.
+constexpr int64_t kTokenStride = 1024;
 
 Int8DotTile* choose(CpuIsa isa) {
   if (isa >= CpuIsa::kAvx512Vnni) return int8_dot_tile_avx512_vnni;
@@ -67,21 +74,36 @@ void for_each_tile(const Int8Linear& args, int64_t tile_rows, int64_t tile_cols,
 
 void by_dot_products(CpuIsa isa, const Int8Linear& args, int num_threads) {
   Int8DotTile* const dot_tile = choose(isa);
-  ScratchBuffer<int8_t> qx(1, args.M * args.K);
+  const int64_t qx_stride = ((args.K + kTokenStride - 1) / kTokenStride | 1) * kTokenStride;
+  ScratchBuffer<int8_t> qx(1, args.M * qx_stride);
   ScratchBuffer<float> scale_x(1, args.M);
-  quantize_int8(isa, {args.x, args.type, args.x_stride, args.M, args.K, qx.part(0), scale_x.part(0)},
-                num_threads);
+  parallel_for(args.M, num_threads, [&](int64_t m, int) {
+    int8_t* row = qx.part(0) + m * qx_stride;
+    float* scale = scale_x.part(0) + m;
+    if (isa >= CpuIsa::kAvx512) {
+      quantize_int8_rows_avx512(token(args, m), args.type, args.x_stride, 1, args.K, row, scale);
+    } else {
+      *scale = quantize_int8_row_avx2(token(args, m), args.type, args.K, row);
+    }
+  });
   const int64_t tile_rows = std::min(kDotTileRows, args.M);
-  const int64_t share = args.N / (4 * std::max(1, num_threads));
+  const int64_t threads = std::max(1, num_threads);
+  const int64_t share = args.N / (4 * threads);
   const int64_t tile_cols = std::clamp(share / kTileCols * kTileCols, kTileCols, kDotTileCols);
-  ScratchBuffer<int32_t> scratch(std::max(1, num_threads), tile_rows * tile_cols);
-  for_each_tile(args, kDotTileRows, tile_cols, num_threads,
-                [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, int thread) {
+  const int64_t tiles = std::max(int64_t{1}, (args.N + tile_cols - 1) / tile_cols);
+  const int64_t run_cols = args.M <= kFewTokens ? (tiles + threads - 1) / threads * tile_cols : tile_cols;
+  ScratchBuffer<int32_t> scratch(threads, tile_rows * tile_cols);
+  for_each_tile(args, kDotTileRows, run_cols, num_threads,
+                [&](int64_t m0, int64_t rows, int64_t run_begin, int64_t run_size, int thread) {
                   int32_t* acc = scratch.part(thread);
-                  dot_tile(qx.part(0) + m0 * args.K, rows, args.qweight + n0 * args.qweight_stride,
-                           args.qweight_stride, cols, args.K, acc, tile_cols);
-                  for (int64_t i = 0; i < rows; ++i) {
-                    store_row(args, scale_x.part(0)[m0 + i], m0 + i, n0, cols, acc + i * tile_cols);
+                  for (int64_t n0 = run_begin; n0 < run_begin + run_size; n0 += tile_cols) {
+                    const int64_t cols = std::min(tile_cols, run_begin + run_size - n0);
+                    dot_tile(qx.part(0) + m0 * qx_stride, qx_stride, rows,
+                             args.qweight + n0 * args.qweight_stride, args.qweight_stride, cols, args.K, acc,
+                             tile_cols);
+                    for (int64_t i = 0; i < rows; ++i) {
+                      store_row(args, scale_x.part(0)[m0 + i], m0 + i, n0, cols, acc + i * tile_cols);
+                    }
                   }
                 });
 }
@@ -160,7 +182,8 @@ void int8_linear(CpuIsa isa, const Int8Linear& args, int num_threads) {
   require_cpu_isa(isa);
   if (args.K > kInt8LinearMaxK) throw std::invalid_argument("int8_linear: K is too large for int32 sums");
   populate_large_pages(args.y, args.M * args.N * size_of(args.type), num_threads);
-  if (isa >= CpuIsa::kAvx512Vnni && args.M >= kPackTokensFrom) {
+  const int64_t pack_from = isa == CpuIsa::kAmx ? kPackTokensFromAmx : kPackTokensFromVnni;
+  if (isa >= CpuIsa::kAvx512Vnni && args.M >= pack_from) {
     by_packed_tokens(isa, args, num_threads);
   } else {
     by_dot_products(isa, args, num_threads);

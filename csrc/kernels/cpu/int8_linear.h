@@ -38,9 +38,9 @@ constexpr int64_t kInt8LinearMaxK = (int64_t{1} << 17) - 1;
 void int8_linear(CpuIsa isa, const Int8Linear& args, int num_threads);
 
 // A tile of sums for few tokens or plain instruction sets: acc[i, j] = sum_k qx[i, k] * qweight[j, k] for
-// i < rows, j < cols; qx has row stride K, acc row stride acc_stride.
-using Int8DotTile = void(const int8_t* qx, int64_t rows, const int8_t* qweight, int64_t qweight_stride,
-                         int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride);
+// i < rows, j < cols; each has its row stride.
+using Int8DotTile = void(const int8_t* qx, int64_t qx_stride, int64_t rows, const int8_t* qweight,
+                         int64_t qweight_stride, int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride);
 Int8DotTile int8_dot_tile_avx2;
 Int8DotTile int8_dot_tile_avx512;
 Int8DotTile int8_dot_tile_avx512_vnni;

@@ -29,14 +29,14 @@ __m128i sum_lanes(__m256i a0, __m256i a1, __m256i a2, __m256i a3) {
 // vpmaddubsw would multiply bytes directly, but saturates its int16 pair sums; int16 pairs of vpmaddwd never
 // do (2 * 128 * 128 fits in int32).
 template <int kRows, int kCols>
-void dot_block(const int8_t* qx, const int8_t* qweight, int64_t qweight_stride, int64_t K, int32_t* acc,
-               int64_t acc_stride) {
+void dot_block(const int8_t* qx, int64_t qx_stride, const int8_t* qweight, int64_t qweight_stride, int64_t K,
+               int32_t* acc, int64_t acc_stride) {
   __m256i sum[kRows][4] = {};
   int64_t k = 0;
   for (; k + kStep <= K; k += kStep) {
     __m256i x[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) x[i] = load_widened(qx + i * K + k);
+    for (int i = 0; i < kRows; ++i) x[i] = load_widened(qx + i * qx_stride + k);
 #pragma GCC unroll 4
     for (int j = 0; j < kCols; ++j) {
       const __m256i w = load_widened(qweight + j * qweight_stride + k);
@@ -47,7 +47,7 @@ void dot_block(const int8_t* qx, const int8_t* qweight, int64_t qweight_stride, 
   if (k < K) {
     __m256i x[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) x[i] = load_widened_tail(qx + i * K + k, K - k);
+    for (int i = 0; i < kRows; ++i) x[i] = load_widened_tail(qx + i * qx_stride + k, K - k);
 #pragma GCC unroll 4
     for (int j = 0; j < kCols; ++j) {
       const __m256i w = load_widened_tail(qweight + j * qweight_stride + k, K - k);
@@ -64,25 +64,28 @@ void dot_block(const int8_t* qx, const int8_t* qweight, int64_t qweight_stride, 
 }
 
 template <int kCols>
-void dot_columns(const int8_t* qx, int64_t rows, const int8_t* qweight, int64_t qweight_stride, int64_t K,
-                 int32_t* acc, int64_t acc_stride) {
+void dot_columns(const int8_t* qx, int64_t qx_stride, int64_t rows, const int8_t* qweight,
+                 int64_t qweight_stride, int64_t K, int32_t* acc, int64_t acc_stride) {
   int64_t i = 0;
   for (; i + 2 <= rows; i += 2) {
-    dot_block<2, kCols>(qx + i * K, qweight, qweight_stride, K, acc + i * acc_stride, acc_stride);
+    dot_block<2, kCols>(qx + i * qx_stride, qx_stride, qweight, qweight_stride, K, acc + i * acc_stride,
+                        acc_stride);
   }
-  if (i < rows) dot_block<1, kCols>(qx + i * K, qweight, qweight_stride, K, acc + i * acc_stride, acc_stride);
+  if (i < rows)
+    dot_block<1, kCols>(qx + i * qx_stride, qx_stride, qweight, qweight_stride, K, acc + i * acc_stride,
+                        acc_stride);
 }
 
 }  // namespace
 
-void int8_dot_tile_avx2(const int8_t* qx, int64_t rows, const int8_t* qweight, int64_t qweight_stride,
-                        int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride) {
+void int8_dot_tile_avx2(const int8_t* qx, int64_t qx_stride, int64_t rows, const int8_t* qweight,
+                        int64_t qweight_stride, int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride) {
   int64_t j = 0;
   for (; j + 4 <= cols; j += 4) {
-    dot_columns<4>(qx, rows, qweight + j * qweight_stride, qweight_stride, K, acc + j, acc_stride);
+    dot_columns<4>(qx, qx_stride, rows, qweight + j * qweight_stride, qweight_stride, K, acc + j, acc_stride);
   }
   for (; j < cols; ++j) {
-    dot_columns<1>(qx, rows, qweight + j * qweight_stride, qweight_stride, K, acc + j, acc_stride);
+    dot_columns<1>(qx, qx_stride, rows, qweight + j * qweight_stride, qweight_stride, K, acc + j, acc_stride);
   }
 }
 

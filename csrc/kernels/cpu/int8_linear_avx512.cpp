@@ -23,14 +23,14 @@ __m512i load_widened(const int8_t* q, __mmask32 bytes) {
 // vpmaddubsw would multiply bytes directly, but saturates its int16 pair sums; int16 pairs of vpmaddwd never
 // do (2 * 128 * 128 fits in int32).
 template <int kRows, int kCols>
-void dot_block(const int8_t* qx, const int8_t* qweight, int64_t qweight_stride, int64_t K, int32_t* acc,
-               int64_t acc_stride) {
+void dot_block(const int8_t* qx, int64_t qx_stride, const int8_t* qweight, int64_t qweight_stride, int64_t K,
+               int32_t* acc, int64_t acc_stride) {
   __m512i sum[kRows][4] = {};
   for (int64_t k = 0; k < K; k += kStep) {
     const __mmask32 bytes = K - k >= kStep ? ~__mmask32{0} : (__mmask32{1} << (K - k)) - 1;
     __m512i x[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) x[i] = load_widened(qx + i * K + k, bytes);
+    for (int i = 0; i < kRows; ++i) x[i] = load_widened(qx + i * qx_stride + k, bytes);
 #pragma GCC unroll 4
     for (int j = 0; j < kCols; ++j) {
       const __m512i w = load_widened(qweight + j * qweight_stride + k, bytes);
@@ -47,27 +47,29 @@ void dot_block(const int8_t* qx, const int8_t* qweight, int64_t qweight_stride, 
 }
 
 template <int kCols>
-void dot_columns(const int8_t* qx, int64_t rows, const int8_t* qweight, int64_t qweight_stride, int64_t K,
-                 int32_t* acc, int64_t acc_stride) {
+void dot_columns(const int8_t* qx, int64_t qx_stride, int64_t rows, const int8_t* qweight,
+                 int64_t qweight_stride, int64_t K, int32_t* acc, int64_t acc_stride) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
-    dot_block<4, kCols>(qx + i * K, qweight, qweight_stride, K, acc + i * acc_stride, acc_stride);
+    dot_block<4, kCols>(qx + i * qx_stride, qx_stride, qweight, qweight_stride, K, acc + i * acc_stride,
+                        acc_stride);
   }
   for (; i < rows; ++i) {
-    dot_block<1, kCols>(qx + i * K, qweight, qweight_stride, K, acc + i * acc_stride, acc_stride);
+    dot_block<1, kCols>(qx + i * qx_stride, qx_stride, qweight, qweight_stride, K, acc + i * acc_stride,
+                        acc_stride);
   }
 }
 
 }  // namespace
 
-void int8_dot_tile_avx512(const int8_t* qx, int64_t rows, const int8_t* qweight, int64_t qweight_stride,
-                          int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride) {
+void int8_dot_tile_avx512(const int8_t* qx, int64_t qx_stride, int64_t rows, const int8_t* qweight,
+                          int64_t qweight_stride, int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride) {
   int64_t j = 0;
   for (; j + 4 <= cols; j += 4) {
-    dot_columns<4>(qx, rows, qweight + j * qweight_stride, qweight_stride, K, acc + j, acc_stride);
+    dot_columns<4>(qx, qx_stride, rows, qweight + j * qweight_stride, qweight_stride, K, acc + j, acc_stride);
   }
   for (; j < cols; ++j) {
-    dot_columns<1>(qx, rows, qweight + j * qweight_stride, qweight_stride, K, acc + j, acc_stride);
+    dot_columns<1>(qx, qx_stride, rows, qweight + j * qweight_stride, qweight_stride, K, acc + j, acc_stride);
   }
 }
 

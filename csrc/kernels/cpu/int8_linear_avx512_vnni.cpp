@@ -5,9 +5,12 @@
 namespace dtm_fast {
 namespace {
 
-// Weight rows to fetch ahead: one read after the other, memory would be waited for at every new page.
-constexpr int64_t kAhead = 8;
 constexpr int64_t kStep = 64;  // int8 elements of K per vector
+// Five tokens or more: weight rows and elements of K that are gone through with all tokens, before the next.
+// So much of 16 tokens (8 KiB) stays in the first-level cache, as do the weights of four rows (2 KiB).
+constexpr int64_t kPanelRows = 32;
+constexpr int64_t kPanelDepth = 512;
+constexpr int64_t kMostTokens = 4;  // whose sums with four weight rows have a register each
 
 __mmask64 first_bytes(int64_t count) { return count >= kStep ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
 
@@ -33,63 +36,178 @@ int32_t offset_part(const int8_t* qx, int64_t K) {
 // vpdpbusd multiplies unsigned by signed bytes, so the weight is offset by 128 and 128 * sum_k qx[i, k] is
 // taken off the result (Intel 64 and IA-32 Architectures Optimization Reference Manual, "Vector Neural
 // Network Instructions"). Bytes beyond K are 0 in x, so that the 128 they have in the weight does not count.
+__m512i load_weight(const int8_t* qweight, __mmask64 bytes) {
+  return _mm512_xor_si512(_mm512_maskz_loadu_epi8(bytes, qweight), _mm512_set1_epi8(-128));
+}
+
+// sum + the four products of unsigned bytes of w and signed bytes of x in each lane, in place. The intrinsic
+// means the same, but GCC 12 copies every sum before and after it, and spills what then has no register.
+__m512i add_products(__m512i sum, __m512i w, __m512i x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  return sum;
+}
+
+// Into the second-level cache: the first one holds the tokens.
+void fetch(const int8_t* qweight) { _mm_prefetch(reinterpret_cast<const char*>(qweight), _MM_HINT_T1); }
+
+// acc[i * acc_stride] = sum_k qx[i, k] * row[k]. Rows are read one after the other: several at once, 4 KiB
+// apart as they often are, come from memory a third slower.
 //
 // The loops over the block are unrolled by pragma: left to itself, GCC 12 unrolls them too late to keep the
 // sums in registers, and stores all of them in every step.
-template <int kRows, int kCols>
-void dot_block(const int8_t* qx, const int8_t* qweight, int64_t qweight_stride, int64_t K,
-               const int32_t* token_part, int32_t* acc, int64_t acc_stride) {
-  const __m512i kOffset = _mm512_set1_epi8(-128);
-  __m512i sum[kRows][4] = {};
-  for (int64_t k = 0; k < K; k += kStep) {
-    const __mmask64 bytes = first_bytes(K - k);
-    __m512i x[kRows];
+template <int kTokens>
+void dot_row(const int8_t* qx, int64_t qx_stride, const int8_t* row, const int8_t* next_row, int64_t K,
+             const int32_t* token_part, int32_t* acc, int64_t acc_stride) {
+  constexpr int kChains = kTokens == 1 ? 4 : 2;  // sums per token, which hide the latency of vpdpbusd
+  __m512i sum[4][kChains] = {};
+  int64_t k = 0;
+  for (; k + kChains * kStep <= K; k += kChains * kStep) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) x[i] = _mm512_maskz_loadu_epi8(bytes, qx + i * K + k);
+    for (int c = 0; c < kChains; ++c) {
+      const int64_t at = k + c * kStep;
+      fetch(next_row + at);
+      const __m512i w = load_weight(row + at, ~__mmask64{0});
 #pragma GCC unroll 4
-    for (int j = 0; j < kCols; ++j) {
-      const int8_t* row = qweight + j * qweight_stride + k;
-      _mm_prefetch(reinterpret_cast<const char*>(row + kAhead * qweight_stride), _MM_HINT_T0);
-      const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(bytes, row), kOffset);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], w, x[i]);
+      for (int i = 0; i < kTokens; ++i) {
+        sum[i][c] = add_products(sum[i][c], w, _mm512_loadu_si512(qx + i * qx_stride + at));
+      }
     }
   }
-  constexpr __mmask8 kLanes = (1u << kCols) - 1u;
+  for (; k < K; k += kStep) {
+    const __mmask64 bytes = first_bytes(K - k);
+    const __m512i w = load_weight(row + k, bytes);
 #pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-    const __m128i offset_sum = sum_lanes(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-    _mm_mask_storeu_epi32(acc + i * acc_stride, kLanes,
-                          _mm_sub_epi32(offset_sum, _mm_set1_epi32(token_part[i])));
+    for (int i = 0; i < kTokens; ++i) {
+      sum[i][0] = add_products(sum[i][0], w, _mm512_maskz_loadu_epi8(bytes, qx + i * qx_stride + k));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 4
+    for (int c = 1; c < kChains; ++c) sum[i][0] = _mm512_add_epi32(sum[i][0], sum[i][c]);
+  }
+  const __m128i offset_sum = sum_lanes(sum[0][0], sum[1][0], sum[2][0], sum[3][0]);
+  const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(token_part));
+  alignas(16) int32_t result[4];
+  _mm_store_si128(reinterpret_cast<__m128i*>(result), _mm_sub_epi32(offset_sum, part));
+#pragma GCC unroll 4
+  for (int i = 0; i < kTokens; ++i) acc[i * acc_stride] = result[i];
+}
+
+template <int kTokens>
+void dot_rows(const int8_t* qx, int64_t qx_stride, const int8_t* qweight, int64_t qweight_stride,
+              int64_t cols, int64_t K, const int32_t* token_part, int32_t* acc, int64_t acc_stride) {
+  for (int64_t j = 0; j < cols; ++j) {
+    const int8_t* row = qweight + j * qweight_stride;
+    dot_row<kTokens>(qx, qx_stride, row, row + qweight_stride, K, token_part, acc + j, acc_stride);
   }
 }
 
-// For four tokens or fewer, whose parts are in token_part.
-template <int kRows>
-void dot_rows(const int8_t* qx, const int8_t* qweight, int64_t qweight_stride, int64_t cols, int64_t K,
-              int32_t* acc, int64_t acc_stride) {
-  int32_t token_part[kRows];
-  for (int i = 0; i < kRows; ++i) token_part[i] = offset_part(qx + i * K, K);
-  int64_t j = 0;
-  for (; j + 4 <= cols; j += 4) {
-    dot_block<kRows, 4>(qx, qweight + j * qweight_stride, qweight_stride, K, token_part, acc + j, acc_stride);
+// What one call of dot_block does: acc[i, j] += sum_k qx[i, k] * qweight[j, k] for four weight rows.
+struct DotBlock {
+  const int8_t* qx;
+  int64_t qx_stride;
+  const int8_t* qweight;
+  int64_t qweight_stride;
+  int64_t K;
+  const int8_t* ahead;  // the first of the weight rows to fetch meanwhile
+  int32_t* acc;
+  int64_t acc_stride;
+};
+
+// One vector of K: kTokens x 4 sums.
+template <int kTokens>
+inline __attribute__((always_inline)) void add_step(__m512i (&sum)[kTokens][4], const int8_t* qx,
+                                                    int64_t qx_stride, const int8_t* qweight,
+                                                    int64_t qweight_stride, __mmask64 bytes) {
+  __m512i x[kTokens];
+#pragma GCC unroll 4
+  for (int i = 0; i < kTokens; ++i) x[i] = _mm512_maskz_loadu_epi8(bytes, qx + i * qx_stride);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i w = load_weight(qweight + j * qweight_stride, bytes);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTokens; ++i) sum[i][j] = add_products(sum[i][j], w, x[i]);
   }
-  for (; j < cols; ++j) {
-    dot_block<kRows, 1>(qx, qweight + j * qweight_stride, qweight_stride, K, token_part, acc + j, acc_stride);
+}
+
+template <int kTokens, int kAhead>
+void dot_block(const DotBlock& block) {
+  const int8_t* const qx = block.qx;
+  const int8_t* const qweight = block.qweight;
+  const int8_t* const ahead = block.ahead;
+  const int64_t qx_stride = block.qx_stride, qweight_stride = block.qweight_stride;
+  const int64_t whole = block.K / kStep * kStep;
+  __m512i sum[kTokens][4] = {};
+  for (int64_t k = 0; k < whole; k += kStep) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kAhead; ++r) fetch(ahead + r * qweight_stride + k);
+    add_step<kTokens>(sum, qx + k, qx_stride, qweight + k, qweight_stride, ~__mmask64{0});
+  }
+  if (whole < block.K) {
+    add_step<kTokens>(sum, qx + whole, qx_stride, qweight + whole, qweight_stride,
+                      first_bytes(block.K - whole));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kTokens; ++i) {
+    __m128i* acc = reinterpret_cast<__m128i*>(block.acc + i * block.acc_stride);
+    const __m128i more = sum_lanes(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
+    _mm_storeu_si128(acc, _mm_add_epi32(_mm_loadu_si128(acc), more));
+  }
+}
+
+using DotRows = void(const int8_t* qx, int64_t qx_stride, const int8_t* qweight, int64_t qweight_stride,
+                     int64_t cols, int64_t K, const int32_t* token_part, int32_t* acc, int64_t acc_stride);
+constexpr DotRows* kDotRows[] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>};
+using DotBlocks = void(const DotBlock& block);
+constexpr DotBlocks* kDotBlocks[][3] = {{dot_block<1, 0>, dot_block<1, 1>, dot_block<1, 2>},
+                                        {dot_block<2, 0>, dot_block<2, 1>, dot_block<2, 2>},
+                                        {dot_block<3, 0>, dot_block<3, 1>, dot_block<3, 2>},
+                                        {dot_block<4, 0>, dot_block<4, 1>, dot_block<4, 2>}};
+
+// Five tokens or more and a multiple of four weight rows: the sums of all tokens with four weight rows at a
+// time, which lie in the first-level cache, while memory is asked for the rows of the next panel, a little in
+// every step. A burst of requests would wait for memory, and more tokens at a time would wait for the
+// second-level cache.
+void dot_panels(const int8_t* qx, int64_t qx_stride, int64_t rows, const int8_t* qweight,
+                int64_t qweight_stride, int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride) {
+  const int64_t groups = (rows + kMostTokens - 1) / kMostTokens;
+  for (int64_t n0 = 0; n0 < cols; n0 += kPanelRows) {
+    const int64_t n1 = n0 + kPanelRows < cols ? n0 + kPanelRows : cols;
+    for (int64_t k0 = 0; k0 < K; k0 += kPanelDepth) {
+      const int64_t depth = K - k0 < kPanelDepth ? K - k0 : kPanelDepth;
+      for (int64_t j = n0; j < n1; j += 4) {
+        const int8_t* weight = qweight + j * qweight_stride + k0;
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t i = rows * g / groups;
+          const int64_t ahead = 4 * g / groups;
+          kDotBlocks[rows * (g + 1) / groups - i - 1][4 * (g + 1) / groups - ahead](
+              {qx + i * qx_stride + k0, qx_stride, weight, qweight_stride, depth,
+               weight + (kPanelRows + ahead) * qweight_stride, acc + i * acc_stride + j, acc_stride});
+        }
+      }
+    }
   }
 }
 
 }  // namespace
 
-void int8_dot_tile_avx512_vnni(const int8_t* qx, int64_t rows, const int8_t* qweight, int64_t qweight_stride,
-                               int64_t cols, int64_t K, int32_t* acc, int64_t acc_stride) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    dot_rows<4>(qx + i * K, qweight, qweight_stride, cols, K, acc + i * acc_stride, acc_stride);
+void int8_dot_tile_avx512_vnni(const int8_t* qx, int64_t qx_stride, int64_t rows, const int8_t* qweight,
+                               int64_t qweight_stride, int64_t cols, int64_t K, int32_t* acc,
+                               int64_t acc_stride) {
+  const int64_t panel_cols = rows > kMostTokens ? cols / 4 * 4 : 0;
+  for (int64_t i = 0; i < rows; i += kMostTokens) {
+    const int64_t count = rows - i < kMostTokens ? rows - i : kMostTokens;
+    int32_t token_part[kMostTokens] = {};
+    for (int64_t t = 0; t < count; ++t) {
+      token_part[t] = offset_part(qx + (i + t) * qx_stride, K);
+      int32_t* sums = acc + (i + t) * acc_stride;
+      for (int64_t j = 0; j < panel_cols; ++j) sums[j] = -token_part[t];
+    }
+    kDotRows[count - 1](qx + i * qx_stride, qx_stride, qweight + panel_cols * qweight_stride, qweight_stride,
+                        cols - panel_cols, K, token_part, acc + i * acc_stride + panel_cols, acc_stride);
   }
-  for (; i < rows; ++i) {
-    dot_rows<1>(qx + i * K, qweight, qweight_stride, cols, K, acc + i * acc_stride, acc_stride);
-  }
+  dot_panels(qx, qx_stride, rows, qweight, qweight_stride, panel_cols, K, acc, acc_stride);
 }
 
 }  // namespace dtm_fast
