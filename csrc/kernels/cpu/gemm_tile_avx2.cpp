@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "avx2_vectors.h"
 #include "gemm_tile.h"
 
 namespace dtm_fast {
@@ -42,25 +43,6 @@ void pack_x(const GemmTile& tile, int64_t i0, int64_t rows, int64_t k0, int64_t 
     for (int64_t k = 0; k < depth; k += 8) {
       _mm256_storeu_ps(out + i * kGemmBlockK + k, load_up_to_8<type>(row, k0 + k, depth - k));
     }
-  }
-}
-
-// In place: r[j] lane i = old r[i] lane j. First inside each block of 4 x 4, then between the blocks.
-void transpose_8x8(__m256 r[8]) {
-  for (int g = 0; g < 8; g += 4) {
-    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r[g], r[g + 1]));
-    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(r[g], r[g + 1]));
-    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(r[g + 2], r[g + 3]));
-    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(r[g + 2], r[g + 3]));
-    r[g] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
-    r[g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
-    r[g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
-    r[g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
-  }
-  for (int c = 0; c < 4; ++c) {
-    const __m256 first = r[c], second = r[4 + c];
-    r[c] = _mm256_permute2f128_ps(first, second, 0x20);
-    r[4 + c] = _mm256_permute2f128_ps(first, second, 0x31);
   }
 }
 

@@ -2,31 +2,13 @@
 
 #include <cstring>
 
+#include "avx2_vectors.h"
 #include "sparse_linear.h"
 
 namespace dtm_fast {
 namespace {
 
 constexpr int64_t kPassTokens = 32;  // four vectors for each of two rows: 8 of 16 registers hold sums
-
-// In place: r[j] lane i = old r[i] lane j. First inside each block of 4 x 4, then between the blocks.
-void transpose_8x8(__m256 r[8]) {
-  for (int g = 0; g < 8; g += 4) {
-    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(r[g], r[g + 1]));
-    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(r[g], r[g + 1]));
-    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(r[g + 2], r[g + 3]));
-    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(r[g + 2], r[g + 3]));
-    r[g] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
-    r[g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
-    r[g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
-    r[g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
-  }
-  for (int c = 0; c < 4; ++c) {
-    const __m256 first = r[c], second = r[4 + c];
-    r[c] = _mm256_permute2f128_ps(first, second, 0x20);
-    r[4 + c] = _mm256_permute2f128_ps(first, second, 0x31);
-  }
-}
 
 // Elements index .. index + 7 of a row, widened to float32; 0 from the count-th on, which are not read.
 template <FloatType type>

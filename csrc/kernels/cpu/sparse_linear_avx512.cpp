@@ -162,16 +162,6 @@ void multiply(const SparseBlock& block, const float* xt, int64_t tokens, bool fi
   first ? multiply_tokens<true>(block, xt, tokens, y, c) : multiply_tokens<false>(block, xt, tokens, y, c);
 }
 
-// Sixteen bfloat16, rounded as store_float.h rounds.
-__m256i bfloat16_bits(__m512 value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
-}
-
 void store_y(const float* c, int64_t rows, int64_t tokens, const float* bias, FloatType type, void* y,
              int64_t y_stride, int64_t n0) {
   // Along the rows of y, so that few of its pages are written at a time.
@@ -188,7 +178,8 @@ void store_y(const float* c, int64_t rows, int64_t tokens, const float* bias, Fl
         if (type == FloatType::kFloat32) {
           _mm512_mask_storeu_ps(static_cast<float*>(y) + at, lanes, value);
         } else {
-          _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + at, lanes, bfloat16_bits(value));
+          _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + at, lanes,
+                                   _mm512_cvtepi32_epi16(bfloat16_lanes(value)));
         }
       }
     }
