@@ -33,7 +33,8 @@ T* pointer(Address address) {
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() =
-      "CPU kernels of dtm_fast; isa: 1 = avx2, 2 = avx512, 3 = avx512_vnni, 4 = avx512_bf16, 5 = amx; type: 0 = float32, 1 = "
+      "CPU kernels of dtm_fast; isa: 1 = avx2, 2 = avx512, 3 = avx512_vnni, 4 = avx512_bf16, 5 = amx; type: "
+      "0 = float32, 1 = "
       "bfloat16";
   module.attr("INT8_LINEAR_MAX_K") = kInt8LinearMaxK;
 

@@ -124,53 +124,64 @@ struct SixteenRows {
   int64_t rows, K;
 };
 
-// Sixteen lines of memory to ask for, `step` bytes apart.
+// Sixteen lines of memory to ask for, `step` bytes apart, up to a level of cache. What only prefetches must
+// be inlined: GCC 12 takes such a function for one without effect and drops its calls.
+template <_mm_hint kLevel = _MM_HINT_T1>
 struct Lines {
+  DTM_FAST_INLINE void fetch(int64_t i) const { _mm_prefetch(first + i * step, kLevel); }
+
   const char* first;
   int64_t step;
 };
 
-// r[i] lane j = weight[j, k + i] (bfloat16: the pair at k + 2 * i), zero where the mask says so. Weights that
-// are masked out are never read, so what they hold does not count. Asks for 16 lines of `next` ahead. All 16
-// rows are there, and all of the vector. Unrolled: a row's index known only while running would send r
-// through memory.
+// A vector of row j, from k on, zero where the mask says so. Weights that are masked out are never read, so
+// what they hold does not count. All of the vector is there.
 template <FloatType type, bool kMasked>
-DTM_FAST_INLINE void load_whole_transposed(const SixteenRows& w, int64_t k, const Lines& next,
-                                           __m512i r[16]) {
-  const char* from = w.weight + k * size_of(type);
-  const uint8_t* bits = w.mask + k / 8;
-#pragma GCC unroll 16
-  for (int64_t j = 0; j < 16; ++j) {
-    _mm_prefetch(next.first + j * next.step, _MM_HINT_T1);
-    if (!kMasked) {
-      r[j] = _mm512_loadu_si512(from + j * w.weight_bytes);
-    } else if (type == FloatType::kFloat32) {
-      uint16_t lanes;
-      std::memcpy(&lanes, bits + j * w.mask_bytes, sizeof lanes);
-      r[j] = _mm512_maskz_loadu_epi32(lanes, from + j * w.weight_bytes);
-    } else {
-      uint32_t lanes;
-      std::memcpy(&lanes, bits + j * w.mask_bytes, sizeof lanes);
-      r[j] = _mm512_maskz_loadu_epi16(lanes, from + j * w.weight_bytes);
-    }
+DTM_FAST_INLINE __m512i load_row(const SixteenRows& w, int64_t j, int64_t k) {
+  const char* from = w.weight + j * w.weight_bytes + k * size_of(type);
+  const uint8_t* bits = w.mask + j * w.mask_bytes + k / 8;
+  if (!kMasked) return _mm512_loadu_si512(from);
+  if (type == FloatType::kFloat32) {
+    uint16_t lanes;
+    std::memcpy(&lanes, bits, sizeof lanes);
+    return _mm512_maskz_loadu_epi32(lanes, from);
   }
-  transpose_16x16(r);
+  uint32_t lanes;
+  std::memcpy(&lanes, bits, sizeof lanes);
+  return _mm512_maskz_loadu_epi16(lanes, from);
 }
 
 // The same of what there is of a vector, zero beyond the tile and from `depth` on.
 template <FloatType type>
-inline void load_part_transposed(const SixteenRows& w, int64_t k, int64_t depth, const Lines& next,
-                                 __m512i r[16]) {
-  const uint32_t inside = depth >= 32 ? ~uint32_t{0} : (uint32_t{1} << depth) - 1;
+inline __m512i load_part_of_row(const SixteenRows& w, int64_t j, int64_t k, int64_t depth) {
+  if (j >= w.rows) return _mm512_setzero_si512();
+  uint32_t lanes = first_words(depth);
+  if (w.mask != nullptr) lanes &= mask_bits(w.mask + j * w.mask_bytes, k, w.K);
+  const void* weights = w.weight + j * w.weight_bytes + k * size_of(type);
+  return type == FloatType::kFloat32 ? _mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), weights)
+                                     : _mm512_maskz_loadu_epi16(lanes, weights);
+}
+
+// r[i] lane j = weight[j, k + i] (bfloat16: the pair at k + 2 * i), zero where the mask says so. Asks for 16
+// lines of `next` ahead. All 16 rows are there, and all of the vector. Unrolled: a row's index known only
+// while running would send r through memory.
+template <FloatType type, bool kMasked, typename Next>
+DTM_FAST_INLINE void load_whole_transposed(const SixteenRows& w, int64_t k, const Next& next, __m512i r[16]) {
+#pragma GCC unroll 16
   for (int64_t j = 0; j < 16; ++j) {
-    r[j] = _mm512_setzero_si512();
-    if (j >= w.rows) continue;
-    _mm_prefetch(next.first + j * next.step, _MM_HINT_T1);
-    uint32_t lanes = inside;
-    if (w.mask != nullptr) lanes &= mask_bits(w.mask + j * w.mask_bytes, k, w.K);
-    const void* weights = w.weight + j * w.weight_bytes + k * size_of(type);
-    r[j] = type == FloatType::kFloat32 ? _mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes), weights)
-                                       : _mm512_maskz_loadu_epi16(lanes, weights);
+    next.fetch(j);
+    r[j] = load_row<type, kMasked>(w, j, k);
+  }
+  transpose_16x16(r);
+}
+
+// The same of what there is of a vector.
+template <FloatType type, typename Next>
+inline void load_part_transposed(const SixteenRows& w, int64_t k, int64_t depth, const Next& next,
+                                 __m512i r[16]) {
+  for (int64_t j = 0; j < 16; ++j) {
+    if (j < w.rows) next.fetch(j);
+    r[j] = load_part_of_row<type>(w, j, k, depth);
   }
   transpose_16x16(r);
 }
@@ -213,7 +224,7 @@ template <FloatType type, typename Lanes>
 void pack_16_columns(const GemmTile& tile, const uint8_t* mask, int64_t j0, int64_t k0, int64_t depth,
                      const char* next, float* panel) {
   const SixteenRows w(tile, mask, j0, type);
-  const auto ahead = [&](int64_t k) { return Lines{next + k * size_of(type), w.weight_bytes}; };
+  const auto ahead = [&](int64_t k) { return Lines<>{next + k * size_of(type), w.weight_bytes}; };
   for_each_vector<type>(w, k0, depth, ahead, [&](int64_t k, __m512i r[16]) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int64_t i = 0; i < 16; ++i) {
@@ -227,15 +238,11 @@ void pack_16_columns(const GemmTile& tile, const uint8_t* mask, int64_t j0, int6
   });
 }
 
-// Where the lane masks of row k of a panel are: those of its first vector; the second's are 64 further. In
-// this order transpose_mask stores them, four k at a time.
-inline int64_t kept_index(int64_t k) { return k / 64 * 128 + k / 8 % 2 * 32 + k % 8 * 4 + k / 16 % 4; }
-
 // c[0 : kRows, 0 : cols] = (first ? 0 : c) + x[0 : kRows, :lanes] @ panel, where x has row stride
-// kGemmBlockK. kept: nullptr, or the lane masks that say where the panel counts.
-template <typename Lanes, int kRows, bool kMasked>
-void multiply(const float* x, const float* panel, const __mmask16* kept, int64_t lanes, bool first, float* c,
-              int64_t c_stride, int64_t cols) {
+// kGemmBlockK.
+template <typename Lanes, int kRows>
+void multiply(const float* x, const float* panel, int64_t lanes, bool first, float* c, int64_t c_stride,
+              int64_t cols) {
   __m512 sum[kRows][2];
   DTM_FAST_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -245,9 +252,7 @@ void multiply(const float* x, const float* panel, const __mmask16* kept, int64_t
   }
   for (int64_t k = 0; k < lanes; ++k) {
     const float* w = panel + k * kPanelCols;
-    const __mmask16* counts = kMasked ? kept + kept_index(k) : nullptr;
-    const __m512 w0 = kMasked ? _mm512_maskz_loadu_ps(counts[0], w) : _mm512_loadu_ps(w);
-    const __m512 w1 = kMasked ? _mm512_maskz_loadu_ps(counts[64], w + 16) : _mm512_loadu_ps(w + 16);
+    const __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16);
     DTM_FAST_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const __m512 value = _mm512_set1_ps(x[i * kGemmBlockK + k]);
@@ -266,24 +271,24 @@ void multiply(const float* x, const float* panel, const __mmask16* kept, int64_t
   }
 }
 
-using Multiply = void(const float* x, const float* panel, const __mmask16* kept, int64_t lanes, bool first,
-                      float* c, int64_t c_stride, int64_t cols);
+using Multiply = void(const float* x, const float* panel, int64_t lanes, bool first, float* c,
+                      int64_t c_stride, int64_t cols);
 
 // By the number of rows.
-template <typename Lanes, bool kMasked>
+template <typename Lanes>
 constexpr Multiply* kMultiply[kMaxRows + 1] = {nullptr,
-                                               multiply<Lanes, 1, kMasked>,
-                                               multiply<Lanes, 2, kMasked>,
-                                               multiply<Lanes, 3, kMasked>,
-                                               multiply<Lanes, 4, kMasked>,
-                                               multiply<Lanes, 5, kMasked>,
-                                               multiply<Lanes, 6, kMasked>,
-                                               multiply<Lanes, 7, kMasked>,
-                                               multiply<Lanes, 8, kMasked>,
-                                               multiply<Lanes, 9, kMasked>,
-                                               multiply<Lanes, 10, kMasked>,
-                                               multiply<Lanes, 11, kMasked>,
-                                               multiply<Lanes, 12, kMasked>};
+                                               multiply<Lanes, 1>,
+                                               multiply<Lanes, 2>,
+                                               multiply<Lanes, 3>,
+                                               multiply<Lanes, 4>,
+                                               multiply<Lanes, 5>,
+                                               multiply<Lanes, 6>,
+                                               multiply<Lanes, 7>,
+                                               multiply<Lanes, 8>,
+                                               multiply<Lanes, 9>,
+                                               multiply<Lanes, 10>,
+                                               multiply<Lanes, 11>,
+                                               multiply<Lanes, 12>};
 
 // Calls run(first row, rows) for blocks of at most kMaxRows, as even as can be: a block of few rows leaves
 // the multipliers waiting for each other.
@@ -337,7 +342,7 @@ void multiply_tile(const GemmTile& tile) {
         float* c = tile.c + v * tile.c_variant_stride + i0 * tile.c_stride;
         for (int64_t j0 = 0; j0 < tile.cols; j0 += kPanelCols, each += kPanelSize) {
           const int64_t cols = tile.cols - j0 < kPanelCols ? tile.cols - j0 : kPanelCols;
-          kMultiply<Lanes, false>[rows](x, each, nullptr, lanes, k0 == 0, c + j0, tile.c_stride, cols);
+          kMultiply<Lanes>[rows](x, each, lanes, k0 == 0, c + j0, tile.c_stride, cols);
         }
       }
     });
