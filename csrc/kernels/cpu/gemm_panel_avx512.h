@@ -218,6 +218,20 @@ inline __m512i higher_of_pairs(__m512i pairs) {
   return _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
 }
 
+// to[i * stride] = the lanes of the i-th k of a transposed vector; stride is in floats.
+template <FloatType type, typename Lanes>
+DTM_FAST_INLINE void store_lanes(const __m512i r[16], float* to, int64_t stride) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; ++i) {
+    if (type == FloatType::kFloat32 || Lanes::kLaneK == 2) {
+      _mm512_storeu_si512(to + i * stride, r[i]);
+    } else {
+      _mm512_storeu_si512(to + 2 * i * stride, lower_of_pairs(r[i]));
+      _mm512_storeu_si512(to + (2 * i + 1) * stride, higher_of_pairs(r[i]));
+    }
+  }
+}
+
 // 16 columns of a panel: panel[k / kLaneK * kPanelCols + j] = the lane of weight[j0 + j, k0 + k] for k <
 // depth, and zeros up to the next multiple of kVectorK.
 template <FloatType type, typename Lanes>
@@ -226,15 +240,7 @@ void pack_16_columns(const GemmTile& tile, const uint8_t* mask, int64_t j0, int6
   const SixteenRows w(tile, mask, j0, type);
   const auto ahead = [&](int64_t k) { return Lines<>{next + k * size_of(type), w.weight_bytes}; };
   for_each_vector<type>(w, k0, depth, ahead, [&](int64_t k, __m512i r[16]) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < 16; ++i) {
-      if (type == FloatType::kFloat32 || Lanes::kLaneK == 2) {
-        _mm512_storeu_si512(panel + (k / Lanes::kLaneK + i) * kPanelCols, r[i]);
-      } else {
-        _mm512_storeu_si512(panel + (k + 2 * i) * kPanelCols, lower_of_pairs(r[i]));
-        _mm512_storeu_si512(panel + (k + 2 * i + 1) * kPanelCols, higher_of_pairs(r[i]));
-      }
-    }
+    store_lanes<type, Lanes>(r, panel + k / Lanes::kLaneK * kPanelCols, kPanelCols);
   });
 }
 
@@ -311,7 +317,7 @@ inline void set_to_zero(const GemmTile& tile) {
 }
 
 // One tile. The order of the loops: all panels of a block of K are packed first and stay in the second-level
-// cache (256 KiB for 256 columns, or 32 columns and 8 variants). 12 rows of x, packed into the first-level
+// cache (384 KiB for 384 columns, or 48 columns and 8 variants). 12 rows of x, packed into the first-level
 // cache, are then multiplied by one panel after the other, whose one long stream the machine prefetches by
 // itself.
 template <FloatType type, typename Lanes>

@@ -1,6 +1,8 @@
 #include <immintrin.h>
 
+#include "avx512_vectors.h"
 #include "int8_linear.h"
+#include "int8_products_avx512_vnni.h"
 
 namespace dtm_fast {
 namespace {
@@ -11,8 +13,6 @@ constexpr int64_t kStep = 64;  // int8 elements of K per vector
 constexpr int64_t kPanelRows = 32;
 constexpr int64_t kPanelDepth = 512;
 constexpr int64_t kMostTokens = 4;  // whose sums with four weight rows have a register each
-
-__mmask64 first_bytes(int64_t count) { return count >= kStep ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
 
 // Lane j of the result is the sum of all lanes of a_j.
 __m128i sum_lanes(__m512i a0, __m512i a1, __m512i a2, __m512i a3) {
@@ -38,13 +38,6 @@ int32_t offset_part(const int8_t* qx, int64_t K) {
 // Network Instructions"). Bytes beyond K are 0 in x, so that the 128 they have in the weight does not count.
 __m512i load_weight(const int8_t* qweight, __mmask64 bytes) {
   return _mm512_xor_si512(_mm512_maskz_loadu_epi8(bytes, qweight), _mm512_set1_epi8(-128));
-}
-
-// sum + the four products of unsigned bytes of w and signed bytes of x in each lane, in place. The intrinsic
-// means the same, but GCC 12 copies every sum before and after it, and spills what then has no register.
-__m512i add_products(__m512i sum, __m512i w, __m512i x) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-  return sum;
 }
 
 // Into the second-level cache: the first one holds the tokens.

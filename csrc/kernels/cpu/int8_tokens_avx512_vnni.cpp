@@ -1,6 +1,7 @@
 // int8_linear for many tokens: 16 tokens to a vector, the weight broadcast from where it lies.
 #include <cstring>
 
+#include "int8_products_avx512_vnni.h"
 #include "int8_token_tile.h"
 
 namespace dtm_fast {
@@ -26,13 +27,6 @@ __m512i broadcast_group(const int8_t* row, int64_t g, int64_t K) {
   const int64_t left = K - 4 * g;
   std::memcpy(&four, row + 4 * g, static_cast<size_t>(left < 4 ? left : 4));
   return _mm512_set1_epi32(four ^ kOffset);
-}
-
-// sum + the four products of unsigned bytes of w and signed bytes of x in each lane, in place. The intrinsic
-// means the same, but GCC 12 copies every sum before and after it, and spills what then has no register.
-__m512i add_products(__m512i sum, __m512i w, __m512i x) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-  return sum;
 }
 
 // acc[j, v * 16 + lane] = start[v * 16 + lane] + sum_k (qweight[j, k] + 128) * tokens[v, k, lane]

@@ -2,12 +2,11 @@
 
 #include <cstring>
 
+#include "avx512_vectors.h"
 #include "mask_bits.h"
 
 namespace dtm_fast {
 namespace {
-
-__mmask64 first_bytes(int64_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
 
 // How many bytes the bits of the next up to 64 columns take.
 size_t packed_bytes(int64_t columns) { return columns >= 64 ? 8 : static_cast<size_t>((columns + 7) / 8); }

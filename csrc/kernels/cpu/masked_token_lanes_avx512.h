@@ -108,16 +108,7 @@ void transpose_tokens(const void* x, int64_t x_stride, int64_t rows, int64_t K, 
   const SixteenRows tokens(tile, nullptr, 0, type);
   const auto ahead = [&](int64_t) { return Lines<>{tokens.weight, 0}; };
   for_each_vector<type>(tokens, 0, K, ahead, [&](int64_t k, __m512i r[16]) __attribute__((always_inline)) {
-    float* to = out + k / Lanes::kLaneK * kTokens;
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < 16; ++i) {
-      if (kParts<type, Lanes> == 1) {
-        _mm512_storeu_si512(to + i * kTokens, r[i]);
-      } else {
-        _mm512_storeu_si512(to + 2 * i * kTokens, lower_of_pairs(r[i]));
-        _mm512_storeu_si512(to + (2 * i + 1) * kTokens, higher_of_pairs(r[i]));
-      }
-    }
+    store_lanes<type, Lanes>(r, out + k / Lanes::kLaneK * kTokens, kTokens);
   });
 }
 

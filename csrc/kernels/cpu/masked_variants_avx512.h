@@ -147,15 +147,7 @@ void multiply_shared(const GemmTile& tile, const float* x, int64_t j0) {
     const int64_t depth = block_depth<Lanes>(tile.K, k0);
     const auto lines = [&](int64_t k) { return kRuns ? Lines<>{w.weight, 0} : next_vectors.lines(k0 + k); };
     for_each_vector<type>(w, k0, depth, lines, [&](int64_t k, __m512i r[16]) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) {
-        if (type == FloatType::kFloat32 || Lanes::kLaneK == 2) {
-          _mm512_store_si512(panel + (k / Lanes::kLaneK + i) * 16, r[i]);
-        } else {
-          _mm512_store_si512(panel + (k + 2 * i) * 16, lower_of_pairs(r[i]));
-          _mm512_store_si512(panel + (k + 2 * i + 1) * 16, higher_of_pairs(r[i]));
-        }
-      }
+      store_lanes<type, Lanes>(r, panel + k / Lanes::kLaneK * 16, 16);
     });
     for (int64_t v = 0; v < tile.variants; ++v) {
       transpose_bits<Lanes>(tile, tile.mask + v * tile.mask_variant_stride, j0, k0, depth,
