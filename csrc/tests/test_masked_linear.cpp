@@ -1,8 +1,11 @@
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <vector>
 
 #include "../kernels/cpu/bfloat16_tiles.h"
 #include "../kernels/cpu/gemm_tile.h"
+#include "../kernels/cpu/masked_few_tokens.h"
 #include "../kernels/cpu/masked_linear.h"
 #include "../kernels/cpu/store_float.h"
 #include "check.h"
@@ -145,6 +148,36 @@ void test_shape(CpuIsa isa, FloatType type, Shape shape, bool with_bias, float s
   }
 }
 
+// A machine uses one way of fetching; all of them must give the same bits. The rows lie without gaps, as runs
+// need them.
+void test_fetches(CpuIsa isa, FloatType type, int64_t V, int64_t M) {
+  constexpr int64_t N = 41, K = 1100, kRowBytes = (K + 7) / 8;
+  const bool pairs = isa == CpuIsa::kAvx512Bf16 && type == FloatType::kBfloat16;
+  Random random(static_cast<uint64_t>(100 * V + M));
+  Matrix x(type, M * K), weight(type, N * K);
+  GuardedBuffer<uint8_t> mask(V * N * kRowBytes);
+  for (int64_t i = 0; i < M * K; ++i) store_float(x.data, type, i, random.uniform());
+  for (int64_t i = 0; i < N * K; ++i) store_float(weight.data, type, i, random.uniform());
+  for (int64_t i = 0; i < V * N * kRowBytes; ++i) mask[i] = static_cast<uint8_t>(random.bits());
+  const MaskedLinear args = {type,          x.data,  K, weight.data, K, mask.data(), kRowBytes,
+                             N * kRowBytes, nullptr, V, M,           N, K,           nullptr};
+  std::vector<float> packed(static_cast<size_t>(few_tokens_x_size(M, K)));
+  std::vector<float> scratch(static_cast<size_t>(few_tokens_scratch(V)) + 16);
+  GuardedBuffer<float> c(V * M * N);
+  (pairs ? few_tokens_x_avx512_bf16 : few_tokens_x_avx512)(type, x.data, K, M, K, packed.data());
+  void* aligned = scratch.data();
+  size_t space = scratch.size() * sizeof(float);
+  std::align(64, static_cast<size_t>(few_tokens_scratch(V)) * sizeof(float), aligned, space);
+  for (Fetch fetch : {Fetch::kNextVectors, Fetch::kRunsToFirstLevel, Fetch::kRunsToSecondLevel}) {
+    for (int64_t i = 0; i < V * M * N; ++i) c[i] = std::numeric_limits<float>::quiet_NaN();
+    (pairs ? masked_few_tokens_avx512_bf16 : masked_few_tokens_avx512)(
+        {type, x.data, K, weight.data, K, mask.data(), kRowBytes, N * kRowBytes, V, M, N, K, c.data(), N,
+         M * N, static_cast<float*>(aligned)},
+        packed.data(), fetch);
+    for (int64_t i = 0; i < V * M * N; ++i) CHECK(c[i] == dot(isa, args, i / (M * N), i / N % M, i % N));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -167,6 +200,13 @@ int main() {
       test_shape(isa, type, {1, 20, 40, 90}, false, 0x1p-126f);  // denormal x
       test_shape(isa, type, {11, 13, 35, 40}, true);
       test_shape(isa, type, {1, 245, 66, 40}, false);
+      test_shape(isa, type, {1, 35, 1024, 300}, true);  // rows of float32 a page apart
+      const bool tiles = isa == CpuIsa::kAmx && type == FloatType::kBfloat16;
+      for (int64_t M : {1, 4, 8, 9, 20}) {
+        for (int64_t V : {1, 3, 9}) {
+          if (isa >= CpuIsa::kAvx512 && !tiles) test_fetches(isa, type, V, M);
+        }
+      }
     }
   });
 }

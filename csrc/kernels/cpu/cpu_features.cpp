@@ -46,6 +46,12 @@ bool is_amd() {
   return leaf0.ebx == signature_AMD_ebx && leaf0.ecx == signature_AMD_ecx && leaf0.edx == signature_AMD_edx;
 }
 
+// AMD64 Architecture Programmer's Manual vol. 3, CPUID function 1: 0x19 is Zen 3 and 4, 0x1a Zen 5.
+uint32_t family() {
+  const uint32_t eax = cpuid(1, 0).eax;
+  return (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+}
+
 bool has(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
 
 // Intel SDM vol. 1, sections 14.3, 14.7.1 and 15.2: CPUID says what the CPU has, XCR0 what the operating
@@ -77,6 +83,11 @@ CpuIsa detect() {
 CpuIsa detected_cpu_isa() {
   static const CpuIsa isa = detect();
   return isa;
+}
+
+bool fetches_far_to_second_level() {
+  static const bool second_level = is_amd() && family() == 0x19;
+  return second_level;
 }
 
 void require_cpu_isa(CpuIsa isa) {

@@ -16,6 +16,10 @@ enum class CpuIsa : int {
 // The highest level that the CPU reports and whose registers the operating system saves.
 CpuIsa detected_cpu_isa();
 
+// Whether memory that is asked for long before its use comes fastest into the second-level cache (AMD's Zen 3
+// and 4), not into the first (Zen 5), whose requests under way are too few there for both.
+bool fetches_far_to_second_level();
+
 // Throws std::invalid_argument unless kAvx2 <= isa <= detected_cpu_isa().
 void require_cpu_isa(CpuIsa isa);
 

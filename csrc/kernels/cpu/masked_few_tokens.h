@@ -16,7 +16,9 @@ constexpr int64_t kFewestTokens = 8;
 // How the weight is fetched ahead of its use. Where rows are long, always as kNextVectors.
 enum class Fetch {
   kNextVectors,  // the next vectors of the 16 rows at hand
-  kRuns,         // the next 16 rows one after the other, so that memory is read in one long run
+  // The next 16 rows one after the other, so that memory is read in one long run, into which cache:
+  kRunsToFirstLevel,
+  kRunsToSecondLevel,
 };
 
 // What gemm_tile.h says of a tile, to the last bit; tile.mask must be given. The weight is read once for all

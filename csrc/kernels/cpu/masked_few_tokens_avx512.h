@@ -32,10 +32,10 @@ DTM_FAST_INLINE void add_vector(const __m512i r[16], const float* x, __m512 sum[
 }
 
 // 16 weight rows of one variant.
-template <FloatType type, typename Lanes, template <FloatType> class Ahead, int kRows>
-void multiply_fused(const GemmTile& tile, const float* x, int64_t j0) {
+template <FloatType type, typename Lanes, int kRows>
+void multiply_fused(const GemmTile& tile, const float* x, int64_t j0, Fetch fetch) {
   const SixteenRows w(tile, tile.mask, j0, type);
-  const Ahead<type> ahead(tile, w, j0, true);
+  const WeightAhead<type> ahead(tile, w, j0, true, fetch);
   __m512 total[kRows];
   for (int i = 0; i < kRows; ++i) total[i] = _mm512_setzero_ps();
   for (int64_t k0 = 0; k0 < tile.K; k0 += kBlockK<Lanes>) {
@@ -54,55 +54,50 @@ void multiply_fused(const GemmTile& tile, const float* x, int64_t j0) {
   for (int i = 0; i < kRows; ++i) _mm512_mask_storeu_ps(tile.c + i * tile.c_stride + j0, lanes, total[i]);
 }
 
-using SixteenColumns = void(const GemmTile& tile, const float* x, int64_t j0);
+using SixteenColumns = void(const GemmTile& tile, const float* x, int64_t j0, Fetch fetch);
 
 // By the number of rows.
-template <FloatType type, typename Lanes, template <FloatType> class Ahead>
+template <FloatType type, typename Lanes>
 constexpr SixteenColumns* kFused[kFewestTokens + 1] = {nullptr,
-                                                       multiply_fused<type, Lanes, Ahead, 1>,
-                                                       multiply_fused<type, Lanes, Ahead, 2>,
-                                                       multiply_fused<type, Lanes, Ahead, 3>,
-                                                       multiply_fused<type, Lanes, Ahead, 4>,
-                                                       multiply_fused<type, Lanes, Ahead, 5>,
-                                                       multiply_fused<type, Lanes, Ahead, 6>,
-                                                       multiply_fused<type, Lanes, Ahead, 7>,
-                                                       multiply_fused<type, Lanes, Ahead, 8>};
-template <FloatType type, typename Lanes, template <FloatType> class Ahead>
+                                                       multiply_fused<type, Lanes, 1>,
+                                                       multiply_fused<type, Lanes, 2>,
+                                                       multiply_fused<type, Lanes, 3>,
+                                                       multiply_fused<type, Lanes, 4>,
+                                                       multiply_fused<type, Lanes, 5>,
+                                                       multiply_fused<type, Lanes, 6>,
+                                                       multiply_fused<type, Lanes, 7>,
+                                                       multiply_fused<type, Lanes, 8>};
+template <FloatType type, typename Lanes>
 constexpr SixteenColumns* kShared[kFewestTokens + 1] = {nullptr,
-                                                        multiply_shared<type, Lanes, Ahead<type>::kRuns, 1>,
-                                                        multiply_shared<type, Lanes, Ahead<type>::kRuns, 2>,
-                                                        multiply_shared<type, Lanes, Ahead<type>::kRuns, 3>,
-                                                        multiply_shared<type, Lanes, Ahead<type>::kRuns, 4>,
-                                                        multiply_shared<type, Lanes, Ahead<type>::kRuns, 5>,
-                                                        multiply_shared<type, Lanes, Ahead<type>::kRuns, 6>,
-                                                        multiply_shared<type, Lanes, Ahead<type>::kRuns, 7>,
-                                                        multiply_shared<type, Lanes, Ahead<type>::kRuns, 8>};
+                                                        multiply_shared<type, Lanes, 1>,
+                                                        multiply_shared<type, Lanes, 2>,
+                                                        multiply_shared<type, Lanes, 3>,
+                                                        multiply_shared<type, Lanes, 4>,
+                                                        multiply_shared<type, Lanes, 5>,
+                                                        multiply_shared<type, Lanes, 6>,
+                                                        multiply_shared<type, Lanes, 7>,
+                                                        multiply_shared<type, Lanes, 8>};
 
-template <FloatType type, typename Lanes, template <FloatType> class Ahead>
-void multiply_tile_few(const GemmTile& tile, const float* x) {
+template <FloatType type, typename Lanes>
+void multiply_few(const GemmTile& tile, const float* x, Fetch wanted) {
   if (tile.K == 0) return set_to_zero(tile);
-  Ahead<type>::start(tile);
+  const Fetch fetch = possible_fetch(wanted, tile);
+  WeightAhead<type>::start(tile, fetch);
   if (tile.rows <= kFewestTokens) {
-    const auto& multiply = tile.variants == 1 ? kFused<type, Lanes, Ahead> : kShared<type, Lanes, Ahead>;
-    for (int64_t j0 = 0; j0 < tile.cols; j0 += 16) multiply[tile.rows](tile, x, j0);
+    const auto& multiply = tile.variants == 1 ? kFused<type, Lanes> : kShared<type, Lanes>;
+    for (int64_t j0 = 0; j0 < tile.cols; j0 += 16) multiply[tile.rows](tile, x, j0, fetch);
     return;
   }
   for (int64_t j0 = 0; j0 < tile.cols; j0 += 16) {
     for (int64_t v = 0; v < tile.variants; ++v) {
       for (int64_t i0 = 0; i0 < tile.rows; i0 += kTokens) {
         const int64_t rows = tile.rows - i0 < kTokens ? tile.rows - i0 : kTokens;
-        multiply_tokens<type, Lanes, Ahead>(tile, x + few_tokens_x_size(i0, tile.K) / Lanes::kLaneK, j0, v,
-                                            v == 0 && i0 == 0, rows,
-                                            tile.c + v * tile.c_variant_stride + i0 * tile.c_stride + j0);
+        multiply_tokens<type, Lanes>(tile, x + few_tokens_x_size(i0, tile.K) / Lanes::kLaneK, j0, v, fetch,
+                                     v == 0 && i0 == 0, rows,
+                                     tile.c + v * tile.c_variant_stride + i0 * tile.c_stride + j0);
       }
     }
   }
-}
-
-template <FloatType type, typename Lanes>
-void multiply_few(const GemmTile& tile, const float* x, Fetch fetch) {
-  fetch == Fetch::kRuns&& fits_runs(tile) ? multiply_tile_few<type, Lanes, NextRows>(tile, x)
-                                          : multiply_tile_few<type, Lanes, NextVectors>(tile, x);
 }
 
 template <FloatType type, typename Lanes>

@@ -13,6 +13,7 @@
 namespace dtm_fast {
 namespace {
 
+constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kPanelCols = 32;  // tiles are cut between panels
 // Of the columns of all masks of a tile: their packed panels and their sums share the second-level cache.
 constexpr int64_t kTileCols = 384;
@@ -84,8 +85,13 @@ class Tiling {
   }
 
  private:
-  // The rows of several variants lie too far apart: they would drive each other out of the caches.
-  bool sums_in_y() const { return args_.type == FloatType::kFloat32 && args_.V == 1; }
+  // Sums lie in y unless they would drive each other out of the caches: rows of several variants lie too far
+  // apart, and rows that are a multiple of a page apart all use the same few lines of a cache, which costs
+  // most where blocks of K follow each other.
+  bool sums_in_y() const {
+    const bool lines_collide = args_.N * size_of(args_.type) % kPageBytes == 0 && args_.K > kGemmBlockK;
+    return args_.type == FloatType::kFloat32 && args_.V == 1 && !(lines_collide && args_.M > kFewTokens);
+  }
 
   void store(const GemmTile& tile, int64_t v0, int64_t m0, int64_t n0) const {
     if (args_.bias == nullptr && sums_in_y()) return;
@@ -122,9 +128,11 @@ void by_few_tokens(CpuIsa isa, const MaskedLinear& args, int num_threads) {
   FewTokensX* const pack_x = pairs ? few_tokens_x_avx512_bf16 : few_tokens_x_avx512;
   // Nothing is known of memory on other machines with AMX, but on a Xeon of the fourth generation runs took
   // 3.2 ms where the next vectors took 2.7 ms.
-  const Fetch fetch = isa == CpuIsa::kAmx ? Fetch::kNextVectors : Fetch::kRuns;
+  const Fetch fetch = isa == CpuIsa::kAmx             ? Fetch::kNextVectors
+                      : fetches_far_to_second_level() ? Fetch::kRunsToSecondLevel
+                                                      : Fetch::kRunsToFirstLevel;
   // One variant is read at the pace of memory, best in one run for each thread.
-  const bool one_run = args.V == 1 && fetch == Fetch::kRuns;
+  const bool one_run = args.V == 1 && fetch != Fetch::kNextVectors;
   const Tiling tiling(args, kFewTokens, one_run ? args.N : kFewTokensCols, kFewTokensVariants,
                       one_run ? num_threads : least_tasks(num_threads));
   ScratchBuffer<float> x(1, few_tokens_x_size(args.M, args.K));

@@ -59,11 +59,11 @@ DTM_FAST_INLINE void add_tokens(const MaskedVectors<type, Lanes>& vectors, const
 
 // c[0 : rows, 0 : 16] = 16 weight rows of one variant times at most 16 tokens. next_rows: whether to ask for
 // the rows after these.
-template <FloatType type, typename Lanes, template <FloatType> class Ahead>
-void multiply_tokens(const GemmTile& tile, const float* x, int64_t j0, int64_t v, bool next_rows,
+template <FloatType type, typename Lanes>
+void multiply_tokens(const GemmTile& tile, const float* x, int64_t j0, int64_t v, Fetch fetch, bool next_rows,
                      int64_t rows, float* c) {
   const SixteenRows w(tile, tile.mask + v * tile.mask_variant_stride, j0, type);
-  const Ahead<type> ahead(tile, w, j0, next_rows);
+  const WeightAhead<type> ahead(tile, w, j0, next_rows, fetch);
   alignas(64) float total[16][kTokens] = {};
   MaskedVectors<type, Lanes> vectors[2];
   vectors[0].store_part(w, 0);

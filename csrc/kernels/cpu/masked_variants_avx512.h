@@ -60,13 +60,14 @@ DTM_FAST_INLINE __m512 kept_lanes(__m512i bits, int64_t t, __m512i weights) {
 // What is asked for during the product of a block, evenly: a line of the weight for every lane of K, and each
 // variant's masks. Steps of 0: nothing.
 struct AheadOfVariants {
-  DTM_FAST_INLINE void weight(int64_t lane) const { _mm_prefetch(weights + lane * weight_step, _MM_HINT_T0); }
+  DTM_FAST_INLINE void weight(int64_t lane) const { fetch_line(weights + lane * weight_step, first_level); }
   DTM_FAST_INLINE void mask(int64_t v, int64_t k) const {
-    _mm_prefetch(masks + v * variant_step + k / 8 * mask_step, _MM_HINT_T0);
+    fetch_line(masks + v * variant_step + k / 8 * mask_step, first_level);
   }
 
   const char *weights, *masks;
   int64_t weight_step, mask_step, variant_step;
+  bool first_level;
 };
 
 // Adds the product of a block to c [variants, rows, 16] of kVariants neighbouring variants, or sets it to
@@ -135,17 +136,20 @@ void multiply_all_variants(const GemmTile& tile, int64_t v, const float* x, cons
 }
 
 // 16 weight rows of all variants.
-template <FloatType type, typename Lanes, bool kRuns, int kRows>
-void multiply_shared(const GemmTile& tile, const float* x, int64_t j0) {
+template <FloatType type, typename Lanes, int kRows>
+void multiply_shared(const GemmTile& tile, const float* x, int64_t j0, Fetch fetch) {
   float* const panel = tile.scratch;
   __m512i* const bits = reinterpret_cast<__m512i*>(tile.scratch + kVariantsPanel);
   const SixteenRows w(tile, nullptr, j0, type);
-  const bool next_rows = kRuns && j0 + 16 < tile.cols;
-  const NextVectors<type> next_vectors(tile, w, j0, true);
+  const bool runs = fetch != Fetch::kNextVectors;
+  const bool next_rows = runs && j0 + 16 < tile.cols;
+  const WeightAhead<type> next_vectors(tile, w, j0, true, Fetch::kNextVectors);
   const __mmask16 cols = first_lanes(tile.cols - j0);
   for (int64_t k0 = 0; k0 < tile.K; k0 += kBlockK<Lanes>) {
     const int64_t depth = block_depth<Lanes>(tile.K, k0);
-    const auto lines = [&](int64_t k) { return kRuns ? Lines<>{w.weight, 0} : next_vectors.lines(k0 + k); };
+    const auto lines = [&](int64_t k) {
+      return runs ? LinesAhead{w.weight, 0, false} : next_vectors.lines(k0 + k);
+    };
     for_each_vector<type>(w, k0, depth, lines, [&](int64_t k, __m512i r[16]) __attribute__((always_inline)) {
       store_lanes<type, Lanes>(r, panel + k / Lanes::kLaneK * 16, 16);
     });
@@ -154,11 +158,14 @@ void multiply_shared(const GemmTile& tile, const float* x, int64_t j0) {
                             bits + v * (kBitsSize / 16));
     }
     constexpr int64_t kLaneBytes = size_of(type) * Lanes::kLaneK;
-    AheadOfVariants ahead = {w.weight, reinterpret_cast<const char*>(tile.mask), 0, 0, 0};
+    AheadOfVariants ahead = {w.weight, reinterpret_cast<const char*>(tile.mask), 0, 0, 0, false};
     if (next_rows) {
       ahead = {w.weight + 16 * (w.weight_bytes + k0 * size_of(type)),
                reinterpret_cast<const char*>(tile.mask) + (j0 + 16) * tile.mask_row_stride + 16 * (k0 / 8),
-               16 * kLaneBytes, 16, tile.mask_variant_stride};
+               16 * kLaneBytes,
+               16,
+               tile.mask_variant_stride,
+               fetch == Fetch::kRunsToFirstLevel};
     }
     const int64_t lanes = (depth + Lanes::kLaneK - 1) / Lanes::kLaneK;
     multiply_all_variants<Lanes, kRows, kSums>(tile, 0, x + k0 / Lanes::kLaneK * kRows, panel, bits, ahead,

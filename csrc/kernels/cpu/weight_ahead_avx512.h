@@ -4,6 +4,7 @@
 #pragma once
 
 #include "gemm_panel_avx512.h"
+#include "masked_few_tokens.h"
 
 namespace dtm_fast {
 namespace {
@@ -11,71 +12,74 @@ namespace {
 // Two times 16 rows, those at hand and the next, share the second-level cache.
 constexpr int64_t kLongestRun = 20 * 1024;
 
-inline bool fits_runs(const GemmTile& tile) {
-  return tile.weight_stride == tile.K && tile.K * size_of(tile.type) <= kLongestRun;
+inline Fetch possible_fetch(Fetch wanted, const GemmTile& tile) {
+  const bool fits = tile.weight_stride == tile.K && tile.K * size_of(tile.type) <= kLongestRun;
+  return fits ? wanted : Fetch::kNextVectors;
 }
 
-DTM_FAST_INLINE void fetch_all(const void* data, int64_t bytes) {
-  const char* from = static_cast<const char*>(data);
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T0);
+// Asks one level of cache for a line. Which level is known only while running: a test that always ends alike
+// costs less than kernels for each.
+DTM_FAST_INLINE void fetch_line(const char* line, bool first_level) {
+  first_level ? _mm_prefetch(line, _MM_HINT_T0) : _mm_prefetch(line, _MM_HINT_T1);
 }
 
-// The next 16 rows and their masks, one row after the other. The first-level cache is asked for them though
-// they only pass through it: on a Zen 5, prefetching to the second level reached three quarters of the
-// bandwidth.
+// Sixteen lines of memory to ask for, `step` bytes apart.
+struct LinesAhead {
+  DTM_FAST_INLINE void fetch(int64_t i) const { fetch_line(first + i * step, first_level); }
+
+  const char* first;
+  int64_t step;
+  bool first_level;
+};
+
+// As runs: the next 16 rows and their masks, one row after the other. Which cache is asked for them matters
+// though they only pass through the first one: on a Zen 5, prefetching to the second level reached three
+// quarters of the bandwidth; on a Zen 4, prefetching to the first level took up to 1.6 times as long.
+// Otherwise the same rows some vectors further.
 template <FloatType type>
-class NextRows {
+class WeightAhead {
  public:
-  static constexpr bool kRuns = true;
-
   // weight_wanted: of several passes over the same rows one asks for the weight, each for its own mask.
-  NextRows(const GemmTile& tile, const SixteenRows& w, int64_t j0, bool weight_wanted)
-      : more_(j0 + 16 < tile.cols),
-        weight_step_(more_ && weight_wanted ? 64 : 0),
-        weight_(w.weight + (weight_step_ != 0 ? 16 * w.weight_bytes : 0)),
-        mask_(reinterpret_cast<const char*>(w.mask) + (more_ ? 16 * w.mask_bytes : 0)) {}
+  WeightAhead(const GemmTile& tile, const SixteenRows& w, int64_t j0, bool weight_wanted, Fetch fetch)
+      : runs_(fetch != Fetch::kNextVectors),
+        first_level_(fetch == Fetch::kRunsToFirstLevel),
+        more_(runs_ && j0 + 16 < tile.cols),
+        step_(runs_ ? (more_ && weight_wanted ? 64 : 0) : w.weight_bytes),
+        weight_(w.weight + (runs_ && step_ != 0 ? 16 * w.weight_bytes : 0)),
+        mask_(reinterpret_cast<const char*>(w.mask) + (more_ ? 16 * w.mask_bytes : 0)),
+        K_(w.K) {}
 
   // Before the first 16 rows of a tile, for which nobody has asked.
-  DTM_FAST_INLINE static void start(const GemmTile& tile) {
+  static void start(const GemmTile& tile, Fetch fetch) {
+    if (fetch == Fetch::kNextVectors) return;
     const int64_t rows = tile.cols < 16 ? tile.cols : 16;
-    fetch_all(tile.weight, rows * tile.K * size_of(type));
+    const bool first_level = fetch == Fetch::kRunsToFirstLevel;
+    fetch_all(tile.weight, rows * tile.K * size_of(type), first_level);
     for (int64_t v = 0; v < tile.variants; ++v) {
-      fetch_all(tile.mask + v * tile.mask_variant_stride, rows * tile.mask_row_stride);
+      fetch_all(tile.mask + v * tile.mask_variant_stride, rows * tile.mask_row_stride, first_level);
     }
   }
 
   // Together with the vectors at k.
-  Lines<_MM_HINT_T0> lines(int64_t k) const {
+  DTM_FAST_INLINE LinesAhead lines(int64_t k) const {
     if (more_) _mm_prefetch(mask_ + 16 * (k / 8), _MM_HINT_T0);
-    const int64_t vector = k / kVectorK<type>;
-    return {weight_ + 16 * vector * weight_step_, weight_step_};
-  }
-
- private:
-  bool more_;
-  int64_t weight_step_;
-  const char *weight_, *mask_;
-};
-
-// The same rows some vectors further.
-template <FloatType type>
-class NextVectors {
- public:
-  static constexpr bool kRuns = false;
-
-  NextVectors(const GemmTile&, const SixteenRows& w, int64_t, bool) : w_(w) {}
-
-  DTM_FAST_INLINE static void start(const GemmTile&) {}
-
-  Lines<_MM_HINT_T1> lines(int64_t k) const {
+    if (runs_) return {weight_ + 16 * (k / kVectorK<type>)*step_, step_, first_level_};
     constexpr int64_t kAhead = 8;
     const int64_t at = k + kAhead * kVectorK<type>;
-    const int64_t next_rows = 16 * w_.weight_bytes - w_.K * size_of(type);
-    return {w_.weight + at * size_of(type) + (at < w_.K ? 0 : next_rows), w_.weight_bytes};
+    const int64_t next_rows = at < K_ ? 0 : 16 * step_ - K_ * size_of(type);
+    return {weight_ + at * size_of(type) + next_rows, step_, false};
   }
 
  private:
-  const SixteenRows& w_;
+  DTM_FAST_INLINE static void fetch_all(const void* data, int64_t bytes, bool first_level) {
+    const char* from = static_cast<const char*>(data);
+    for (int64_t i = 0; i < bytes; i += 64) fetch_line(from + i, first_level);
+  }
+
+  bool runs_, first_level_, more_;
+  int64_t step_;
+  const char *weight_, *mask_;
+  int64_t K_;
 };
 
 }  // namespace
