@@ -29,11 +29,21 @@ def git_sha() -> str:
         return "unknown"
 
 
+def _cpu_generation() -> str:
+    """Family and model as CPUID gives them: the name of a virtual machine's CPU leaves open which it is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return "generation unknown"
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"family {values.get('cpu family', 'unknown')}, model {values.get('model', 'unknown')}"
+
+
 def describe() -> dict[str, Any]:
     """The machine and the software, as one flat dict for JSON."""
     load = os.getloadavg()
     return {
-        "cpu_model": backend_info()["cpu"]["name"],
+        "cpu_model": f"{backend_info()['cpu']['name']} ({_cpu_generation()})",
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "isa": native.cpu_isa(),
