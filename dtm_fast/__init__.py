@@ -2,13 +2,14 @@
 
 from dtm_fast import nn, ops
 from dtm_fast.compression import W8A8, Int8, Prune, Treatment, parse_treatment
-from dtm_fast.measure import Measurement, Probes, ReferenceEvaluator, read_documents
+from dtm_fast.measure import Evaluator, Measurement, Probes, ReferenceEvaluator, read_documents
 from dtm_fast.model import components, load_model
 from dtm_fast.ops import backend_info
 from dtm_fast.version import __version__
 
 __all__ = [
     "W8A8",
+    "Evaluator",
     "Int8",
     "Measurement",
     "Probes",

@@ -15,21 +15,10 @@
 #include "../kernels/cpu/sparse_linear.h"
 #include "../kernels/cpu/sparse_pack.h"
 #include "../kernels/cpu/token_divergence.h"
+#include "bind.h"
 
 namespace py = pybind11;
 using namespace dtm_fast;
-
-namespace {
-
-using Address = std::uintptr_t;
-using ReleaseGil = py::call_guard<py::gil_scoped_release>;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() =
@@ -37,6 +26,8 @@ PYBIND11_MODULE(_cpu, module) {
       "0 = float32, 1 = "
       "bfloat16";
   module.attr("INT8_LINEAR_MAX_K") = kInt8LinearMaxK;
+
+  bind_decoder_layer(module);
 
   module.def("detected_isa", [] { return static_cast<int>(detected_cpu_isa()); });
 

@@ -29,7 +29,7 @@ class Measurement:
         configuration: component → treatment; empty for the base itself.
         completion: N.
         fdt: int64 [P], first divergent token, 0 … N; N where none diverges.
-        sdt: int64 [P], number of divergent tokens, 0 … N.
+        sdt: int64 [P], number of divergent tokens, 0 … N; None where it was not asked for.
         first_margin: float32 [P], at the first divergence: by how many logits the chosen token beat the
             base's; NaN where none diverges.
         dppl: float64 [P], exp of the mean negative log-likelihood of the base's completion.
@@ -42,7 +42,7 @@ class Measurement:
     configuration: Configuration
     completion: int
     fdt: Tensor
-    sdt: Tensor
+    sdt: Tensor | None
     first_margin: Tensor
     dppl: Tensor | None = None
     perplexity: Tensor | None = None
@@ -55,37 +55,51 @@ class Measurement:
         cls,
         configuration: Configuration,
         mismatch: Tensor,
-        lead: Tensor,
+        first_lead: Tensor,
         seconds: float,
         **extra: Tensor | None,
     ) -> "Measurement":
-        """Counts ``mismatch`` bool [P, N]; ``lead`` float32 [P, N] as from ``forward.lead``.
+        """Counts ``mismatch`` bool [P, N]; ``first_lead`` float32 [P] is ``forward.lead`` at the first mismatch.
 
         Raises:
             MeasurementError: if SDT/N > log2(DPPL) on a probe, which no model can do: where it diverges,
                 the base's token has at most half of the mass (papers.md §1.2).
         """
         n = mismatch.shape[1]
-        diverges = mismatch.any(dim=1)
         # argmax names the first True.
-        first = mismatch.int().argmax(dim=1)
-        at_first = -lead.gather(1, first[:, None]).squeeze(1)
-        measurement = cls(
-            configuration=configuration,
-            completion=n,
-            fdt=torch.where(diverges, first, n),
-            sdt=mismatch.sum(dim=1),
-            first_margin=torch.where(diverges, at_first, torch.nan),
-            seconds=seconds,
-            **extra,
+        fdt = torch.where(mismatch.any(dim=1), mismatch.int().argmax(dim=1), n)
+        measurement = cls.of_first(
+            configuration, n, fdt, first_lead, seconds, sdt=mismatch.sum(dim=1), **extra
         )
         if measurement.dppl is not None:
-            slack = measurement.sdt / n - torch.log2(measurement.dppl)
+            slack = mismatch.sum(dim=1) / n - torch.log2(measurement.dppl)
             if bool((slack > 1e-4).any()):
                 raise MeasurementError(
                     f"self-test failed: SDT/N exceeds log2(DPPL) by {float(slack.max()):.4f} on a probe"
                 )
         return measurement
+
+    @classmethod
+    def of_first(
+        cls,
+        configuration: Configuration,
+        completion: int,
+        fdt: Tensor,
+        first_lead: Tensor,
+        seconds: float,
+        sdt: Tensor | None = None,
+        **extra: Tensor | None,
+    ) -> "Measurement":
+        """Of ``fdt`` int64 [P] alone; ``first_lead`` as for ``of``."""
+        return cls(
+            configuration=configuration,
+            completion=completion,
+            fdt=fdt,
+            sdt=sdt,
+            first_margin=torch.where(fdt < completion, -first_lead, torch.nan),
+            seconds=seconds,
+            **extra,
+        )
 
     def ties(self, floor_margin: float) -> Tensor:
         """bool [P]: the first divergence was decided by no more than rounding alone can move a decision."""
@@ -119,16 +133,16 @@ class Measurement:
     def from_json(cls, stored: Mapping[str, Any]) -> "Measurement":
         """The inverse of ``to_json``, to the bit."""
         margins = [torch.nan if m is None else m for m in stored["first_margin"]]
+        found = {
+            name: torch.tensor(stored[name], dtype=torch.float64) for name in EXTRA_METRICS if name in stored
+        }
+        sdt = stored.get("sdt")
         return cls(
             configuration=configuration_from_json(stored["configuration"]),
             completion=stored["completion"],
             fdt=torch.tensor(stored["fdt"], dtype=torch.int64),
-            sdt=torch.tensor(stored["sdt"], dtype=torch.int64),
             first_margin=torch.tensor(margins, dtype=torch.float32),
             seconds=stored["seconds"],
-            **{
-                name: torch.tensor(stored[name], dtype=torch.float64)
-                for name in EXTRA_METRICS
-                if name in stored
-            },
+            sdt=None if sdt is None else torch.tensor(sdt, dtype=torch.int64),
+            **found,
         )

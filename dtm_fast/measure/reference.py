@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dtm_fast.compression import Change, Configuration
 from dtm_fast.errors import MeasurementError, ProbeError
+from dtm_fast.measure.columns import OF_THE_PREFIX, columns_of, first_predicted, joined
 from dtm_fast.measure.floor import Floor, self_divergence
-from dtm_fast.measure.forward import choice, kl_divergence, lead, logits_before, negative_log_likelihood
+from dtm_fast.measure.forward import logits_before
 from dtm_fast.measure.measurement import EXTRA_METRICS, Measurement
 from dtm_fast.measure.probes import Probes
 from dtm_fast.model import Decoder
@@ -61,50 +62,44 @@ class ReferenceEvaluator:
             ProbeError: a metric of the prefix where that is one token.
             ValueError: an unknown metric.
         """
-        unknown = set(metrics) - set(EXTRA_METRICS)
-        if unknown:
-            raise ValueError(f"no metric {', '.join(sorted(unknown))}; known: {', '.join(EXTRA_METRICS)}")
-        if self.probes.prefix == 1 and {"perplexity", "agreement"} & set(metrics):
-            raise ProbeError("perplexity and agreement are of the prefix, which has no second token at n = 1")
+        wanted = checked_metrics(metrics, self.probes)
         for configuration in configurations:
-            yield self._measure(configuration, frozenset(metrics))
+            yield self._measure(configuration, wanted)
 
     def _measure(self, configuration: Configuration, metrics: frozenset[str]) -> Measurement:
         started = time.perf_counter()
         change = Change(self.decoder, configuration)
-        n = self.probes.prefix
-        first = 1 if metrics & {"perplexity", "agreement"} else n
-        columns: dict[str, list[torch.Tensor]] = {}
-        rows = self.probes.batch_size
+        n, rows = self.probes.prefix, self.probes.batch_size
+        parts = []
         for tokens, prefix_choices in zip(
             self.probes.tokens.split(rows), self.probes.prefix_choices.split(rows), strict=True
         ):
             try:
                 with change:
-                    all_logits = logits_before(self.model, tokens, first)
+                    logits = logits_before(self.model, tokens, first_predicted(metrics, n))
             except MeasurementError as error:
-                raise MeasurementError(f"{_describe(configuration)}: {error}") from error
-            reference = tokens.to(all_logits.device)
-            logits, completion = all_logits[:, n - first :], reference[:, n:]
-            found = {"mismatch": choice(logits) != completion, "lead": lead(logits, completion)}
-            if "dppl" in metrics:
-                found["dppl"] = negative_log_likelihood(logits, completion).double().mean(dim=1).exp()
-            if "kl" in metrics:
-                base = logits_before(self.base, tokens, n)
-                found["kl"] = kl_divergence(base, logits).double().mean(dim=1)
-            if "perplexity" in metrics:
-                nll = negative_log_likelihood(all_logits[:, : n - 1], reference[:, 1:n])
-                found["perplexity"] = nll.double().mean(dim=1).exp()
-            if "agreement" in metrics:
-                agrees = choice(all_logits[:, : n - 1]).cpu() == prefix_choices
-                found["agreement"] = agrees.double().mean(dim=1)
-            for name, column in found.items():
-                columns.setdefault(name, []).append(column.cpu())
-        joined = {name: torch.cat(column) for name, column in columns.items()}
-        return Measurement.of(configuration, seconds=time.perf_counter() - started, **joined)
+                raise MeasurementError(f"{describe(configuration)}: {error}") from error
+
+            def base_logits(tokens: Tensor = tokens) -> Tensor:
+                return logits_before(self.base, tokens, n)
+
+            parts.append(columns_of(logits, tokens, n, metrics, base_logits, prefix_choices))
+        return Measurement.of(configuration, seconds=time.perf_counter() - started, **joined(parts))
 
 
-def _describe(configuration: Configuration) -> str:
+def checked_metrics(metrics: Sequence[str], probes: Probes) -> frozenset[str]:
+    """The names in ``metrics``, each once; raises as ``ReferenceEvaluator.iterate`` does."""
+    known = ("sdt", *EXTRA_METRICS)
+    unknown = set(metrics) - set(known)
+    if unknown:
+        raise ValueError(f"no metric {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    if probes.prefix == 1 and OF_THE_PREFIX & set(metrics):
+        raise ProbeError("perplexity and agreement are of the prefix, which has no second token at n = 1")
+    return frozenset(metrics)
+
+
+def describe(configuration: Configuration) -> str:
+    """A few words that name a configuration in a message."""
     if not configuration:
         return "the base"
     path, treatment = next(iter(configuration.items()))

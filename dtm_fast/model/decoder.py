@@ -3,9 +3,11 @@
 import difflib
 import warnings
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dtm_fast.errors import ComponentError, ModelError
@@ -61,7 +63,7 @@ class Decoder:
         components: path → component, in depth order.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     layers: tuple[nn.Module, ...]
     components: dict[str, Component]
 
@@ -98,7 +100,7 @@ class Decoder:
                 f"components, first: {path}.{fused[0]}",
                 stacklevel=3,
             )
-        return cls(model, tuple(layers), components)
+        return cls(cast(PreTrainedModel, model), tuple(layers), components)
 
     def component(self, path: str) -> Component:
         """The component at ``path``.

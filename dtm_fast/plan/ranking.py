@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from dtm_fast.measure import Measurement
 
-# What ranks, and the metric that it needs beyond FDT and SDT.
+# What ranks, and the metric that it needs beyond FDT and SDT, which are always there.
 RANKINGS: dict[str, str | None] = {"fdt75": None, "dppl": "dppl", "perplexity": "perplexity"}
 
 

@@ -109,7 +109,7 @@ class Plan:
 
 
 def metrics_for(ranked_by: str, prefix: int | None = None) -> list[str]:
-    """What a sweep must measure beyond FDT and SDT: DPPL always, and what the ranking needs.
+    """What a sweep must measure beyond FDT: SDT and DPPL always, and what the ranking needs.
 
     Args:
         ranked_by: a name of ``RANKINGS``.
@@ -123,7 +123,7 @@ def metrics_for(ranked_by: str, prefix: int | None = None) -> list[str]:
     needed = RANKINGS[ranked_by]
     if needed == "perplexity" and prefix == 1:
         raise InputError("ranking by perplexity needs prefixes of at least 2 tokens, not 1")
-    return sorted({"dppl"} | ({needed} if needed else set()))
+    return sorted({"sdt", "dppl"} | ({needed} if needed else set()))
 
 
 def check_every(every: int) -> None:

@@ -16,7 +16,8 @@ WHERE = {"model.layers.0.mlp.up_proj": Int8(), "model.layers.1.mlp.up_proj": Pru
 def measurement_of(rows: list[list[int]], lead: list[list[float]] | None = None, **extra) -> Measurement:
     mismatch = torch.tensor(rows, dtype=torch.bool)
     leads = torch.where(mismatch, -1.0, 1.0) if lead is None else torch.tensor(lead)
-    return Measurement.of(WHERE, mismatch, leads, 0.5, **extra)
+    first = mismatch.int().argmax(dim=1, keepdim=True)
+    return Measurement.of(WHERE, mismatch, leads.gather(1, first)[:, 0], 0.5, **extra)
 
 
 @settings(max_examples=100, deadline=None)
@@ -69,7 +70,7 @@ def made_up(probes: int = 7, completion: int = 9) -> Measurement:
     return Measurement.of(
         WHERE,
         mismatch,
-        torch.randn(probes, completion, generator=draw),
+        torch.randn(probes, generator=draw),
         1 / 3,
         dppl=4 + torch.rand(probes, generator=draw, dtype=torch.float64),
         perplexity=torch.rand(probes, generator=draw, dtype=torch.float64) / 3,

@@ -197,7 +197,7 @@ def test_a_configuration_that_does_not_fit_is_refused(llama_evaluator, configura
 
 
 def test_an_unknown_metric_is_refused(llama_evaluator):
-    with pytest.raises(ValueError, match="no metric bleu; known: dppl, perplexity, agreement, kl"):
+    with pytest.raises(ValueError, match="no metric bleu; known: sdt, dppl, perplexity, agreement, kl"):
         llama_evaluator.measure([{}], ["bleu"])
 
 

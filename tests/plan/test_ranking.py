@@ -46,7 +46,7 @@ def test_by_perplexities_the_lowest_mean_comes_first(by):
 def test_every_ranking_has_a_key_and_its_metric_is_measured():
     assert set(RANKINGS) == set(_KEYS)
     assert {by: metrics_for(by) for by in RANKINGS} == {
-        "fdt75": ["dppl"],
-        "dppl": ["dppl"],
-        "perplexity": ["dppl", "perplexity"],
+        "fdt75": ["dppl", "sdt"],
+        "dppl": ["dppl", "sdt"],
+        "perplexity": ["dppl", "perplexity", "sdt"],
     }

@@ -251,4 +251,4 @@ def test_an_unknown_ranking_is_refused_before_anything_is_measured(setting):
 def test_ranking_by_perplexity_needs_two_tokens():
     with pytest.raises(InputError, match="ranking by perplexity needs prefixes of at least 2 tokens"):
         metrics_for("perplexity", 1)
-    assert metrics_for("perplexity", 2) == ["dppl", "perplexity"]
+    assert metrics_for("perplexity", 2) == ["dppl", "perplexity", "sdt"]

@@ -38,6 +38,11 @@ inline const char* element(const void* matrix, FloatType type, int64_t stride, i
 struct FloatLanes {
   static constexpr int64_t kLaneK = 1;
   static __m512 add_product(__m512 sum, __m512 x, __m512 w) { return _mm512_fmadd_ps(x, w, sum); }
+  // 32 neighbours of K.
+  static void store_32(float* to, __m512 low, __m512 high) {
+    _mm512_storeu_ps(to, low);
+    _mm512_storeu_ps(to + 16, high);
+  }
 };
 
 // The k of a block: kGemmBlockK lanes.

@@ -16,6 +16,9 @@ struct PairLanes {
   static __m512 add_product(__m512 sum, __m512 x, __m512 w) {
     return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
   }
+  // Neighbours, rounded to nearest even; a denormal becomes zero.
+  static __m512i pairs(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+  static void store_32(float* to, __m512 low, __m512 high) { _mm512_storeu_si512(to, pairs(low, high)); }
 };
 
 }  // namespace

@@ -1,0 +1,49 @@
+"""Compressed weights, packed for the fused kernel; the ones used last are kept."""
+
+from collections import OrderedDict
+
+import torch
+
+from dtm_fast.compression import Treatment
+from dtm_fast.model import Component
+from dtm_fast.ops.decoder_layer import Arithmetic, PackedMatrix
+
+_Key = tuple[str, str, Arithmetic]
+
+
+class CompressedWeights:
+    """What treatments make of weights.
+
+    Args:
+        bound: bytes of packed weights to keep at most.
+    """
+
+    def __init__(self, bound: int = 256 * 2**20) -> None:
+        """Holds nothing yet."""
+        self._bound = bound
+        self._size = 0
+        self._known: OrderedDict[_Key, tuple[PackedMatrix, PackedMatrix | None]] = OrderedDict()
+
+    @torch.no_grad()
+    def packed(
+        self, component: Component, treatment: Treatment, arithmetic: Arithmetic
+    ) -> tuple[PackedMatrix, PackedMatrix | None]:
+        """The compressed weight, and for ``Arithmetic.CHANGE`` what it is more than the original."""
+        key = (component.path, treatment.key, arithmetic)
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        compressed = treatment.compress(component.weight).float()
+        change = None
+        if arithmetic == Arithmetic.CHANGE:
+            change = PackedMatrix.pack(compressed - component.weight.float(), arithmetic)
+        pair = (PackedMatrix.pack(compressed, arithmetic), change)
+        self._known[key] = pair
+        self._size += _bytes(pair)
+        while self._size > self._bound and len(self._known) > 1:
+            self._size -= _bytes(self._known.popitem(last=False)[1])
+        return pair
+
+
+def _bytes(pair: tuple[PackedMatrix, PackedMatrix | None]) -> int:
+    return sum(each.panels.nbytes for each in pair if each is not None)

@@ -1,0 +1,112 @@
+"""FDT alone: probes leave once they diverge, and exact arithmetic is spent only on what is in doubt."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtm_fast.compression import Configuration
+from dtm_fast.errors import MeasurementError
+from dtm_fast.measure.complete_pass import Columns
+from dtm_fast.measure.exact_pass import Doubt, settle
+from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_divergence
+from dtm_fast.measure.fused_layers import FusedLayers
+from dtm_fast.measure.head import Head
+from dtm_fast.measure.prefix_tree import Node, layers_of, tree_of, walk
+from dtm_fast.ops.decoder_layer import Arithmetic
+
+_DOUBTS = 48  # so many probes are computed exactly together
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A configuration of which some probes are in doubt."""
+
+    indices: list[int]
+    found: FirstDivergence
+    doubts: list[Doubt]
+
+
+class FirstPass:
+    """Measures FDT of configurations on the fused layers.
+
+    Args:
+        fused: run.
+        head: decides.
+        prefix: n of the probes.
+    """
+
+    def __init__(self, fused: FusedLayers, head: Head, prefix: int) -> None:
+        """Measures nothing yet."""
+        self._fused = fused
+        self._head = head
+        self._prefix = prefix
+        self.layer_evaluations = 0
+        """Layers run so far."""
+        self.doubts = 0
+        """Probes computed exactly so far, because their decision was in doubt."""
+
+    @torch.no_grad()
+    def results(
+        self, configurations: Sequence[Configuration]
+    ) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
+        """FDT and lead of each configuration, or why there are none, with the indices of those that equal it."""
+        for arithmetic in (self._fused.arithmetic, self._fused.exact):
+            chosen = [i for i, c in enumerate(configurations) if self._arithmetic_of(c) == arithmetic]
+            if not chosen:
+                continue
+            for indices, result in self._walked([configurations[i] for i in chosen], arithmetic):
+                yield [chosen[index] for index in indices], result
+            if self._fused.arithmetic == self._fused.exact:
+                return
+
+    def _arithmetic_of(self, configuration: Configuration) -> Arithmetic:
+        """What the kernels do not know is not computed by differences either."""
+        known = self._fused.can_run_in_parts(configuration)
+        return self._fused.arithmetic if known else self._fused.exact
+
+    def _walked(
+        self, configurations: Sequence[Configuration], arithmetic: Arithmetic
+    ) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
+        def advance(node: Node, state: Tensor | None) -> Tensor:
+            self.layer_evaluations += 1
+            everyone = range(self._fused.count)
+            return self._fused.run(node.layer - 1, node.treatments, state, arithmetic, everyone)
+
+        waiting: list[_Waiting] = []
+        root = tree_of(self._fused.decoder, configurations)
+        for node, state in walk(root, None, advance, stop_at_chains=True):
+            chain = node.chain()
+            indices = (chain[-1] if chain else node).ends
+            steps = [(each.layer - 1, each.treatments) for each in chain if not each.is_base]
+            self.layer_evaluations += len(steps)
+            by_layer = layers_of(self._fused.decoder, configurations[indices[0]])
+            error = error_of(arithmetic, self._fused.depth - min(by_layer))
+            try:
+                found = first_divergence(
+                    self._fused, self._head, state, steps, arithmetic, self._prefix, error
+                )
+            except MeasurementError as failure:
+                yield indices, failure
+                continue
+            doubts = [Doubt(by_layer, probe, last, found) for probe, last in found.uncertain.items()]
+            if not doubts:
+                yield indices, _columns(found)
+                continue
+            waiting.append(_Waiting(indices, found, doubts))
+            if sum(len(each.doubts) for each in waiting) >= _DOUBTS:
+                yield from self._settled(waiting)
+                waiting = []
+        yield from self._settled(waiting)
+
+    def _settled(self, waiting: list[_Waiting]) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
+        doubts = [doubt for each in waiting for doubt in each.doubts]
+        self.doubts += len(doubts)
+        settle(self._fused, self._head, doubts, self._prefix)
+        for each in waiting:
+            yield each.indices, _columns(each.found)
+
+
+def _columns(found: FirstDivergence) -> Columns:
+    return {"fdt": found.fdt, "first_lead": found.lead}

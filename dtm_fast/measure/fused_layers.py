@@ -1,0 +1,267 @@
+"""The layers of a decoder of Llama's kind by the fused kernel, on states that are kept of the base."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtm_fast.compression import Configuration
+from dtm_fast.errors import ModelError
+from dtm_fast.measure.compressed_weights import CompressedWeights
+from dtm_fast.measure.model_layers import ModelLayers
+from dtm_fast.measure.tensor_store import TensorStore
+from dtm_fast.model.gated_decoder import LayerParts, parts_of
+from dtm_fast.ops import native
+from dtm_fast.ops.decoder_layer import (
+    Arithmetic,
+    DecoderLayer,
+    PackedMatrix,
+    Projection,
+    States,
+    decoder_layer,
+    has_arithmetic,
+)
+
+# How far a layer may be from transformers' own, in units of what the layer adds to its input.
+_DEVIATION = {Arithmetic.FLOAT32: 2e-5, Arithmetic.BFLOAT16: 0.05}
+
+
+class FusedLayers:
+    """Runs layers on some of the probes and some of their positions.
+
+    A state is a float32 tensor [R, T, hidden] for R of the probes: the residual stream, or for ``Arithmetic.CHANGE``
+    its difference to the base's; None is the base's own.
+
+    Args:
+        model_layers: the same layers by transformers, on the CPU.
+        store: keeps the base's states between the layers.
+        memory: bytes that the base's states within the layers may take: those of the last layers are kept first,
+            and a layer without them is slower. None for no bound.
+
+    Raises:
+        ModelError: the layers are not of this kind, or do not compute what transformers' do; the message says why.
+    """
+
+    def __init__(self, model_layers: ModelLayers, store: TensorStore, memory: int | None = None) -> None:
+        """Computes the base's states and compares every layer with transformers' own."""
+        probes = model_layers.probes
+        self.decoder = model_layers.decoder
+        self.depth = len(self.decoder.layers)
+        self.count = len(probes)
+        self.positions = probes.tokens.shape[1] - 1  # nothing follows the last token
+        self._model_layers = model_layers
+        self._store = store
+        self._parts = [_parts(model_layers, layer) for layer in range(self.depth)]
+        self.shape = self._parts[0].shape
+        self.exact = Arithmetic.BFLOAT16 if self.decoder.model.dtype == torch.bfloat16 else Arithmetic.FLOAT32
+        if not has_arithmetic(self.exact):
+            raise ModelError(f"{native.cpu_isa()} has no kernel for layers in {self.exact.name.lower()}")
+        self.has_change = self.exact == Arithmetic.FLOAT32 and has_arithmetic(Arithmetic.CHANGE)
+        self._packed: dict[tuple[int, Arithmetic], DecoderLayer] = {}
+        self._weights = CompressedWeights()
+        self._kv: dict[int, Tensor] = {}
+        self._inner: dict[int, States] = {}
+        self._norm: Any = self.decoder.model.base_model.norm
+        self._record(memory)
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The fastest one."""
+        return Arithmetic.CHANGE if self.has_change else self.exact
+
+    def base(self, layer: int, rows: Sequence[int], first: int = 0, end: int | None = None) -> Tensor:
+        """The base's residual stream before ``layer``, [R, T, hidden]."""
+        return self._store[layer][list(rows), first:end]
+
+    def can_run_in_parts(self, treatments: Configuration) -> bool:
+        """Whether a layer with these treatments can be run on some of the positions."""
+        return all(self._is_known(path, treatments) for path in treatments)
+
+    def run(
+        self,
+        layer: int,
+        treatments: Configuration,
+        x: Tensor | None,
+        arithmetic: Arithmetic,
+        rows: Sequence[int],
+        first: int = 0,
+        end: int | None = None,
+        first_output: int = 0,
+        lengths: Sequence[int] | None = None,
+        kv: Tensor | None = None,
+    ) -> Tensor:
+        """The state after a layer.
+
+        Args:
+            layer: its number.
+            treatments: of its components.
+            x: the state before it, for positions first .. end - 1.
+            arithmetic: the exact one or ``CHANGE``.
+            rows: which probes these are.
+            first: the first position; those before it must have been run with the same treatments below.
+            end: behind the last position.
+            first_output: of positions before this one only keys and values are wanted.
+            lengths: how many positions each row has, at most all.
+            kv: [R, positions, 2 * kv columns] to hold keys and values; by default, rows of what belongs to the layer.
+        """
+        end = self.positions if end is None else end
+        if arithmetic == Arithmetic.CHANGE and layer not in self._inner:
+            state = self.base(layer, rows, first, end)
+            state = state if x is None else state + x
+            out = self.run(layer, treatments, state, self.exact, rows, first, end, first_output, lengths, kv)
+            return out - self.base(layer + 1, rows, first, end)
+        if not self.can_run_in_parts(treatments):
+            return self._run_model(layer, treatments, x, arithmetic, rows)
+        weights = self._treated(layer, treatments, arithmetic, from_base=x is None)
+        if x is None and arithmetic == self.exact:
+            x = self.base(layer, rows, first, end)
+        out = torch.empty(len(rows), end - first, self.shape.hidden)
+        decoder_layer(
+            weights,
+            x,
+            out,
+            self._kv_of(layer) if kv is None else kv,
+            first=first,
+            first_output=first_output,
+            lengths=lengths,
+            rows=rows,
+            kv_rows=rows if kv is None else None,
+            base=replace(self._inner.get(layer, States()), input=self._store[layer]),
+        )
+        return out
+
+    def head_input(
+        self, state: Tensor | None, arithmetic: Arithmetic, rows: Sequence[int], first: int, end: int
+    ) -> Tensor:
+        """What the head multiplies: the final norm of a state of positions first .. end - 1."""
+        if state is None or arithmetic == Arithmetic.CHANGE:
+            base = self.base(self.depth, rows, first, end)
+            state = base if state is None else base + state
+        return self._norm(state.to(self.decoder.model.dtype))  # type: ignore[no-any-return]
+
+    def new_kv(self, rows: int) -> Tensor:
+        """Room for the keys and values of so many rows."""
+        return torch.empty(rows, self.positions, 2 * self.shape.kv_heads * self.shape.head_dim)
+
+    def _kv_of(self, layer: int) -> Tensor:
+        if layer not in self._kv:
+            self._kv[layer] = self.new_kv(self.count)
+        return self._kv[layer]
+
+    def _record(self, memory: int | None) -> None:
+        widths = {name: width for name, width in self.shape.widths.items() if name != "input"}
+        size = 4 * self.count * self.positions * sum(widths.values())
+        kept = self.depth if memory is None else min(self.depth, max(memory, 0) // size)
+        x = self._model_layers.entering(0)[:, : self.positions].float().contiguous()
+        kv = self.new_kv(self.count)
+        for layer in range(self.depth):
+            self._check(layer, kv)
+            self._store.put(layer, x)
+            out, keep = torch.empty_like(x), States()
+            if layer >= self.depth - kept:
+                keep = States(**{n: x.new_empty(*x.shape[:2], width) for n, width in widths.items()})
+                self._inner[layer] = keep
+            decoder_layer(self._layer(layer, self.exact), x, out, kv, keep=keep)
+            x = out
+        self._store.put(self.depth, x)
+
+    def _check(self, layer: int, kv: Tensor) -> None:
+        """Compares a layer with transformers' own on the first probe's own states."""
+        before, after = (
+            self._model_layers.entering(each)[:1, : self.positions].float().contiguous()
+            for each in (layer, layer + 1)
+        )
+        out = torch.empty_like(before)
+        decoder_layer(self._layer(layer, self.exact), before, out, kv)
+        deviation = float((out - after).norm() / (after - before).norm())
+        if not deviation <= _DEVIATION[self.exact]:
+            raise ModelError(
+                f"layer {layer} is not what the fused kernel computes: it differs by {deviation:.1g} of what it adds"
+            )
+
+    def _layer(self, layer: int, arithmetic: Arithmetic) -> DecoderLayer:
+        key = (layer, arithmetic)
+        if key not in self._packed:
+            if self.has_change and arithmetic == self.exact:
+                # Used for a few probes at a time, layer after layer: kept until the next.
+                self._packed = {k: v for k, v in self._packed.items() if k[1] != arithmetic}
+            self._packed[key] = _packed(self._parts[layer], arithmetic)
+        return self._packed[key]
+
+    def _is_known(self, path: str, treatments: Configuration) -> bool:
+        component = self.decoder.component(path)
+        names = [name for name, _ in self._parts[component.layer].projections]
+        return component.name in names and not treatments[path].treats_input
+
+    def _treated(
+        self, layer: int, treatments: Configuration, arithmetic: Arithmetic, from_base: bool
+    ) -> DecoderLayer:
+        weights = self._layer(layer, arithmetic)
+        names = [name for name, _ in self._parts[layer].projections]
+        indices = []
+        for path, treatment in treatments.items():
+            component = self.decoder.component(path)
+            index = names.index(component.name)
+            weight, change = self._weights.packed(component, treatment, arithmetic)
+            projection = replace(weights.projections[index], weight=weight, change=change)
+            weights = weights.with_projection(index, projection)
+            indices.append(index)
+        if from_base and layer in self._inner and indices:
+            weights = replace(weights, start=weights.start_of(min(indices)))
+        return weights
+
+    def _run_model(
+        self,
+        layer: int,
+        treatments: Configuration,
+        x: Tensor | None,
+        arithmetic: Arithmetic,
+        rows: Sequence[int],
+    ) -> Tensor:
+        """By transformers' own layer, on all probes and positions."""
+        assert list(rows) == list(range(self.count))
+        assert x is None or x.shape[1] == self.positions
+        base = self.base(layer, rows)
+        state = base if x is None else base + x if arithmetic == Arithmetic.CHANGE else x
+        out = self._model_layers.advance_whole(state, layer, treatments)
+        return out - self.base(layer + 1, rows) if arithmetic == Arithmetic.CHANGE else out
+
+
+def _parts(model_layers: ModelLayers, layer: int) -> LayerParts:
+    cpu, reason = native.load("_cpu")
+    if cpu is None:
+        raise ModelError(reason)
+    parts = parts_of(model_layers.call(layer), cpu.MOST_HEAD_DIM)
+    if isinstance(parts, str):
+        raise ModelError(parts)
+    return parts
+
+
+def _packed(parts: LayerParts, arithmetic: Arithmetic) -> DecoderLayer:
+    def projection(named: tuple[str, torch.nn.Linear], first: int = 0) -> Projection:
+        module = named[1]
+        bias = None if module.bias is None else module.bias.detach().float().contiguous()
+        return Projection(PackedMatrix.pack(module.weight, arithmetic), first, bias)
+
+    def side_by_side(several: Sequence[tuple[str, torch.nn.Linear]]) -> tuple[Projection, ...]:
+        found: list[Projection] = []
+        for named in several:
+            found.append(projection(named, found[-1].first + found[-1].weight.N if found else 0))
+        return tuple(found)
+
+    return DecoderLayer(
+        arithmetic=arithmetic,
+        shape=parts.shape,
+        attention_norm=parts.attention_norm,
+        mlp_norm=parts.mlp_norm,
+        q_norm=parts.q_norm,
+        k_norm=parts.k_norm,
+        cosine=parts.cosine,
+        sine=parts.sine,
+        attention_in=side_by_side(parts.attention_in),
+        attention_out=projection(parts.attention_out),
+        mlp_in=side_by_side(parts.mlp_in),
+        mlp_out=projection(parts.mlp_out),
+    )

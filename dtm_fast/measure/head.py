@@ -1,0 +1,151 @@
+"""From the last hidden states to decisions: which positions diverge, how surely, and by how much."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtm_fast import ops
+from dtm_fast.errors import MeasurementError
+from dtm_fast.measure.forward import lead
+from dtm_fast.ops import native
+from dtm_fast.ops.certificate_threats import count_threats
+from dtm_fast.ops.masked_linear import masked_linear
+
+_RIVALS = 16  # tokens of the largest logits whose distance to a decision is looked at
+_ROWS = 256  # positions whose logits of the whole vocabulary are held at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """What R probes choose at C positions of their completions.
+
+    Attributes:
+        mismatch: bool [R, C]: another token than the base wrote.
+        certain: bool [R, C]: the hidden states' error cannot have decided that.
+        lead: float32 [R, C]: the base's token's logit minus the largest other; NaN where a proof made it needless,
+            which it never is at a mismatch.
+    """
+
+    mismatch: Tensor
+    certain: Tensor
+    lead: Tensor
+
+
+class Head:
+    """The head of a model whose logits are a product with one weight and nothing else.
+
+    Decides by proofs where hidden states are near the base's, and by exact logits elsewhere. A decision depends on
+    its own hidden state alone, to the bit.
+
+    Args:
+        weight: [V, D].
+        hidden: [P, N, D], what the base multiplies by it to predict each completion token.
+        reference: int64 [P, N], the completions.
+    """
+
+    def __init__(self, weight: Tensor, hidden: Tensor, reference: Tensor) -> None:
+        """Builds the certificate."""
+        self._weight = weight.detach()
+        self._reference = reference.to(weight.device)
+        self._certificate = ops.Certificate.build(hidden, self._weight)
+
+    def decide(self, hidden: Tensor, rows: Sequence[int], first: int, error: float = 0.0) -> Decisions:
+        """What probes ``rows`` choose at positions ``first`` … of their completions.
+
+        Args:
+            hidden: [R, C, D], what the head multiplies.
+            rows: the probes, R of them.
+            first: the position in the completions of ``hidden[:, 0]``.
+            error: how far the distance of a hidden state to the border of a decision may be from its true one, in
+                units of how far the state is from the base's; 0: not at all.
+
+        Raises:
+            MeasurementError: hidden is not finite.
+        """
+        check_finite(hidden)
+        kept = self._certificate
+        P, N = self._reference.shape  # noqa: N806
+        R, C = hidden.shape[:2]  # noqa: N806
+        wanted = torch.as_tensor(list(rows), device=hidden.device)[:, None] * N + torch.arange(
+            first, first + C, device=hidden.device
+        )
+        index = wanted.flatten()
+        flat = hidden.reshape(R * C, -1)
+        base = kept.hidden.view(P * N, -1)[index]
+        reference, top = self._reference.flatten()[index], kept.top[index]
+        radius = kept.radius[index] / (1 + error)
+        threats = count_threats(flat, base, radius, native_code=flat.device.type == "cpu" and _native())
+        mismatch, certain = top != reference, torch.ones_like(top, dtype=torch.bool)
+        leads = torch.full(top.shape, torch.nan, device=flat.device)
+        reach = error * (flat.float() - base.float()).norm(dim=1)
+        nearest = kept.nearest[index]
+        by_few = ((threats <= nearest.shape[1]) & ((threats > 0) | mismatch)).nonzero()[:, 0]
+        if len(by_few):
+            among = torch.zeros(len(self._weight), dtype=torch.bool, device=flat.device)
+            threatening = torch.arange(nearest.shape[1], device=flat.device) < threats[by_few, None]
+            among[nearest[by_few][threatening]] = True
+            among[top[by_few]] = True
+            among[reference[by_few]] = True
+            tokens = among.nonzero()[:, 0]
+            self._judge(flat, by_few, tokens, reference, reach, mismatch, certain, leads)
+        for some in (threats > nearest.shape[1]).nonzero()[:, 0].split(_ROWS):
+            self._judge(flat, some, None, reference, reach, mismatch, certain, leads)
+        return Decisions(*(each.view(R, C) for each in (mismatch, certain, leads)))
+
+    def nll(self, hidden: Tensor) -> Tensor:
+        """The negative log-likelihoods float32 [P, N] of the completions under ``hidden`` [P, N, D]: the whole head."""
+        return ops.token_divergence(hidden, self._weight, self._reference).nll
+
+    def largest_move(self, hidden: Tensor) -> float:
+        """By how many logits the base's leads differ at most if ``hidden`` [P, N, D] were its hidden states."""
+        moved = 0.0
+        for ours, theirs, reference in zip(self._certificate.hidden, hidden, self._reference, strict=True):
+            leads = [lead(_linear(each, self._weight)[None], reference[None]) for each in (ours, theirs)]
+            moved = max(moved, float((leads[0] - leads[1]).abs().max()))
+        return moved
+
+    def _judge(
+        self,
+        flat: Tensor,
+        rows: Tensor,
+        tokens: Tensor | None,
+        reference: Tensor,
+        reach: Tensor,
+        mismatch: Tensor,
+        certain: Tensor,
+        leads: Tensor,
+    ) -> None:
+        """Fills in what the logits of ``tokens`` (None: all) say of ``rows``; one of them wins."""
+        weight = self._weight if tokens is None else self._weight[tokens]
+        wanted = reference[rows] if tokens is None else torch.searchsorted(tokens, reference[rows])
+        logits = _linear(flat[rows], weight)
+        mismatch[rows] = logits.argmax(dim=1) != wanted  # the lowest id, where logits are equal
+        values, ids = logits.topk(min(_RIVALS, logits.shape[1]), dim=1)
+        ahead = logits.gather(1, wanted[:, None]).float() - values.float()
+        ahead[ids == wanted[:, None]] = torch.inf
+        leads[rows] = ahead.amin(dim=1)
+        if bool((reach[rows] > 0).any()):
+            apart = (weight[ids] - weight[wanted][:, None]).float().norm(dim=2)
+            distance = (ahead / apart).nan_to_num(nan=torch.inf).amin(dim=1)
+            certain[rows] = distance.abs() > reach[rows]
+
+
+def check_finite(hidden: Tensor) -> None:
+    """Raises MeasurementError unless all of ``hidden`` is finite."""
+    # A finite sum proves all values finite; an overflowing one proves nothing, so then look at each.
+    if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
+        raise MeasurementError("the model's logits are not finite")
+
+
+def _native() -> bool:
+    return native.why_no_cpu_kernels() is None
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``F.linear``, on the CPU in an order of sums that no row's neighbours change."""
+    everything = torch.full((len(weight), -(-weight.shape[1] // 8)), 255, dtype=torch.uint8, device=x.device)
+    if weight.shape[1] % 8:
+        everything[:, -1] = 2 ** (weight.shape[1] % 8) - 1
+    return masked_linear(x, weight, everything)

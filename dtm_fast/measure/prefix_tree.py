@@ -1,0 +1,116 @@
+"""Configurations as a tree over the layers: what two of them share up to a layer is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from dtm_fast.compression import Configuration, Treatment
+from dtm_fast.model import Decoder
+
+_Key = tuple[tuple[str, str], ...]
+_State = TypeVar("_State")
+
+
+@dataclass(eq=False)
+class Node:
+    """The state of the model between two layers, for all configurations that agree on the layers below.
+
+    Attributes:
+        layer: how many layers have run; 0 at the root, all of them at a leaf.
+        treatments: what is done to the components of the layer that leads here, number ``layer - 1``.
+        is_base: whether no layer below is treated: its state is the base's.
+        children: the nodes one layer on.
+        ends: indices of the configurations whose last state this is; only a leaf has any.
+        size: the leaves below, itself included.
+    """
+
+    layer: int
+    treatments: Configuration
+    is_base: bool
+    children: dict[_Key, Node] = field(default_factory=dict)
+    ends: list[int] = field(default_factory=list)
+    size: int = 1
+
+    def computed(self) -> Iterator[Node]:
+        """Every node below whose state has to be computed: one layer evaluation each."""
+        return (node for node in _top_down(self) if not node.is_base and node is not self)
+
+    def chain(self) -> list[Node]:
+        """The nodes below one that has a single leaf, down to it."""
+        found = []
+        node = self
+        while node.children:
+            (node,) = node.children.values()
+            found.append(node)
+        return found
+
+
+def tree_of(decoder: Decoder, configurations: Sequence[Configuration]) -> Node:
+    """The root of the tree of ``configurations``, which must fit the decoder."""
+    depth = len(decoder.layers)
+    root = Node(0, {}, True)
+    for index, configuration in enumerate(configurations):
+        by_layer = layers_of(decoder, configuration)
+        node = root
+        for layer in range(depth):
+            treatments = by_layer.get(layer, {})
+            key = tuple(sorted((path, treatment.key) for path, treatment in treatments.items()))
+            if key not in node.children:
+                node.children[key] = Node(layer + 1, treatments, node.is_base and not treatments)
+            node = node.children[key]
+        node.ends.append(index)
+    for node in reversed(list(_top_down(root))):
+        node.size = sum(child.size for child in node.children.values()) or 1
+    return root
+
+
+def layers_of(decoder: Decoder, configuration: Configuration) -> dict[int, dict[str, Treatment]]:
+    """The treatments of each layer that has any."""
+    by_layer: dict[int, dict[str, Treatment]] = {}
+    for path, treatment in configuration.items():
+        by_layer.setdefault(decoder.component(path).layer, {})[path] = treatment
+    return by_layer
+
+
+def walk(
+    node: Node,
+    state: _State | None,
+    advance: Callable[[Node, _State | None], _State],
+    *,
+    stop_at_chains: bool = False,
+) -> Iterator[tuple[Node, _State | None]]:
+    """Every leaf with its state, each computed once; few are held at a time.
+
+    Args:
+        node: where to begin.
+        state: there; None is the base's, which is never computed.
+        advance: the state of a node from that of its parent.
+        stop_at_chains: hand over the node from which on no other configuration takes part, instead of the leaf.
+    """
+    if not node.children and not node.ends:
+        return  # the tree of no configurations
+    while node.children and not (stop_at_chains and node.size == 1):
+        # The child with the most leaves comes last: its parent's state is not needed any more.
+        *others, largest = sorted(node.children.values(), key=lambda child: child.size)
+        for child in others:
+            yield from walk(child, _next(child, state, advance), advance, stop_at_chains=stop_at_chains)
+        state = _next(largest, state, advance)
+        node = largest
+    yield node, state
+
+
+def _next(
+    child: Node, state: _State | None, advance: Callable[[Node, _State | None], _State]
+) -> _State | None:
+    return None if child.is_base else advance(child, state)
+
+
+def _top_down(root: Node) -> Iterator[Node]:
+    """Every node after its parent; without recursion, for a model may have more layers than Python has levels."""
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += node.children.values()

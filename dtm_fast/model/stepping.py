@@ -1,0 +1,192 @@
+"""A Hugging Face decoder run layer by layer, each layer called exactly as the model itself calls it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dtm_fast.errors import ModelError
+from dtm_fast.model.decoder import Decoder
+
+_HIDDEN = "hidden_states"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """How a model calls one of its decoder layers.
+
+    Attributes:
+        layer: the module.
+        args: its positional arguments behind the hidden states.
+        kwargs: its keyword arguments but the hidden states.
+        by_keyword: whether the hidden states are handed over as ``hidden_states=``.
+        more: what the layer returns behind the hidden states; None where it returns them alone.
+    """
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+    more: tuple[Any, ...] | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """What the layer makes of ``hidden`` [b, T, D], the same shape."""
+        if self.by_keyword:
+            output = self.layer(*self.args, **{_HIDDEN: hidden}, **self.kwargs)
+        else:
+            output = self.layer(hidden, *self.args, **self.kwargs)
+        after: Tensor = _hidden_of(output)
+        return after
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """``hidden`` as the layer itself would return it."""
+        return hidden if self.more is None else (hidden, *self.more)
+
+
+@torch.no_grad()
+def record(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerCall], list[Tensor]]:
+    """Reads tokens once and notes how each layer is called, and with which hidden states.
+
+    Args:
+        decoder: of a causal language model in eval mode.
+        tokens: int64 [b, T].
+
+    Returns:
+        The calls, first layer to last, and the L + 1 hidden states [b, T, D] that enter each layer and leave the
+        last.
+
+    Raises:
+        ModelError: the layers do not hand on one tensor of hidden states, each to the next, each once.
+    """
+    calls: dict[int, LayerCall] = {}
+    entering: dict[int, Tensor] = {}
+    leaving: dict[int, Tensor] = {}
+    name = type(decoder.model).__name__
+
+    def note(
+        index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if index in calls:
+            raise ModelError(f"{name}: layer {index} runs more than once a pass")
+        by_keyword = not args
+        hidden = kwargs.get(_HIDDEN) if by_keyword else args[0]
+        if not isinstance(hidden, Tensor) or not isinstance(_hidden_of(output), Tensor):
+            raise ModelError(f"{name}: layer {index} is not handed, or does not return, hidden states")
+        rest = {key: value for key, value in kwargs.items() if key != _HIDDEN}
+        more = tuple(output[1:]) if isinstance(output, tuple) else None
+        calls[index] = LayerCall(layer, args[1:], rest, by_keyword, more)
+        entering[index], leaving[index] = hidden, _hidden_of(output)
+
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, args, kwargs, output, index=index: note(index, layer, args, kwargs, output),
+            with_kwargs=True,
+        )
+        for index, layer in enumerate(decoder.layers)
+    ]
+    try:
+        decoder.model(input_ids=tokens.to(_device(decoder.model)), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    depth = len(decoder.layers)
+    missing = [index for index in range(depth) if index not in calls]
+    if missing:
+        raise ModelError(f"{name}: layer {missing[0]} does not run")
+    for index in range(1, depth):
+        if entering[index] is not leaving[index - 1] and not torch.equal(entering[index], leaving[index - 1]):
+            raise ModelError(
+                f"{name}: what enters layer {index} is not what left layer {index - 1}, so that its layers cannot be "
+                "run one by one"
+            )
+    return [calls[i] for i in range(depth)], [entering[i] for i in range(depth)] + [leaving[depth - 1]]
+
+
+@torch.no_grad()
+def logits_after(
+    model: PreTrainedModel, calls: list[LayerCall], tokens: Tensor, hidden: Tensor, first: int
+) -> Tensor:
+    """The logits that predict ``tokens[:, first:]`` where ``hidden`` leaves the last layer.
+
+    Args:
+        model: the model that the calls were recorded of.
+        calls: from ``record``, of a batch of the same shape.
+        tokens: int64 [b, T].
+        hidden: [b, T, D].
+        first: index of the first predicted token, from 1 to T - 1.
+
+    Returns:
+        [b, T - first, V] in the model's dtype.
+    """
+    kept = tokens.shape[1] - first + 1
+    with _standing_still(calls, hidden):
+        output = model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=kept)
+    return output.logits[:, -kept:-1]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def head_input_after(
+    model: PreTrainedModel, calls: list[LayerCall], tokens: Tensor, hidden: Tensor, first: int
+) -> Tensor:
+    """What the head multiplies to predict ``tokens[:, first:]``: [b, T - first, D]; arguments as ``logits_after``.
+
+    Only for a model whose logits are its head's output as it is (``has_plain_head``).
+    """
+    with _replaced(model.get_output_embeddings(), lambda x: x):
+        return logits_after(model, calls, tokens, hidden, first)
+
+
+def has_plain_head(model: PreTrainedModel, calls: list[LayerCall], tokens: Tensor, hidden: Tensor) -> bool:
+    """Whether the logits are ``F.linear(x, weight)`` and nothing else: no bias, no soft cap, no scale.
+
+    Arguments as ``logits_after``; the last position is looked at.
+    """
+    head: Any = model.get_output_embeddings()
+    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
+        return False
+    first = tokens.shape[1] - 1
+    logits = logits_after(model, calls, tokens, hidden, first)
+    return torch.equal(logits, head(head_input_after(model, calls, tokens, hidden, first)))
+
+
+@contextmanager
+def _standing_still(calls: list[LayerCall], hidden: Tensor) -> Iterator[None]:
+    """Lets the layers do nothing, and the last one return ``hidden``."""
+
+    def pass_on(call: LayerCall) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return call.wrap(kwargs[_HIDDEN] if call.by_keyword else args[0])
+
+        return forward
+
+    with ExitStack() as undo:
+        for call in calls[:-1]:
+            undo.enter_context(_replaced(call.layer, pass_on(call)))
+        undo.enter_context(_replaced(calls[-1].layer, lambda *args, **kwargs: calls[-1].wrap(hidden)))
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, forward: Any) -> Iterator[None]:
+    """Another ``forward`` of this module alone."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _hidden_of(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
