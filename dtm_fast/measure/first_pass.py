@@ -82,7 +82,8 @@ class FirstPass:
             steps = [(each.layer - 1, each.treatments) for each in chain if not each.is_base]
             self.layer_evaluations += len(steps)
             by_layer = layers_of(self._fused.decoder, configurations[indices[0]])
-            error = error_of(arithmetic, self._fused.depth - min(by_layer))
+            differing = self._fused.depth - min(by_layer)
+            error = error_of(arithmetic, differing, self._fused.shape.hidden)
             try:
                 found = first_divergence(
                     self._fused, self._head, state, steps, arithmetic, self._prefix, error
