@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
 import typer
+from transformers import PreTrainedModel
 
 from dtm_fast import console
 from dtm_fast.compression import parse_treatment
@@ -21,6 +22,7 @@ from dtm_fast.errors import InputError, MeasurementError, ModelError
 from dtm_fast.measure import (
     DEFAULT_SOURCE,
     EXTRA_METRICS,
+    Evaluator,
     Measurement,
     Probes,
     ReferenceEvaluator,
@@ -31,6 +33,8 @@ from dtm_fast.ops import backend_info
 from dtm_fast.plan import RecordedEvaluator, Stop, check_every, metrics_for, plan_in_order, rank, sweep
 from dtm_fast.runs import RunDirectory
 from dtm_fast.version import __version__
+
+_LAYERS: tuple[Literal["auto", "fused", "transformers"], ...] = ("auto", "fused", "transformers")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,6 +55,19 @@ DType = Annotated[str, typer.Option(help="Of the weights: auto, float32 or bfloa
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output, for machines.")]
 Run = Annotated[Path, typer.Option(help="The run directory; the same command again resumes it.")]
 TreatmentName = Annotated[str, typer.Option(help="int8, w8a8 or prune(SPARSITY).")]
+Layers = Annotated[
+    str,
+    typer.Option(
+        "--evaluator",
+        help="fused (this package's layers), transformers (the model's own, one by one), auto, or reference.",
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB that the base's states may take, by default half of what is free; less is slower."
+    ),
+]
 RankBy = Annotated[str, typer.Option(help="fdt75, dppl or perplexity.")]
 
 
@@ -121,11 +138,15 @@ def sweep_command(
     probes: Count = 64,
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
+    evaluator_name: Layers = "auto",
+    memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Measures every component alone under one treatment."""
     chosen, metrics = parse_treatment(treatment), metrics_for(rank_by, prefix)
-    evaluator = _evaluator(model, text, prefix, completion, probes, batch_size, dtype)
+    check_evaluator(evaluator_name, memory)
+    loaded, made = _probes(model, text, prefix, completion, probes, batch_size, dtype)
+    evaluator = _evaluator(loaded, made, evaluator_name, memory)
     with _running(run, evaluator, model, text) as directory:
         total = len(evaluator.decoder.components)
         with console.progress(f"{chosen.key} alone", total, quiet=as_json) as on_finished:
@@ -164,6 +185,8 @@ def plan_command(
     probes: Count = 64,
     batch_size: BatchSize = 8,
     dtype: DType = "auto",
+    evaluator_name: Layers = "auto",
+    memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
     """Sweeps, then converts components in order of harm until a stop; writes plan.json and the report."""
@@ -171,7 +194,9 @@ def plan_command(
     metrics_for(rank_by, prefix)
     stop.check(completion)
     check_every(every)
-    evaluator = _evaluator(model, text, prefix, completion, probes, batch_size, dtype)
+    check_evaluator(evaluator_name, memory)
+    loaded, made = _probes(model, text, prefix, completion, probes, batch_size, dtype)
+    evaluator = _evaluator(loaded, made, evaluator_name, memory)
     with _running(run, evaluator, model, text) as directory:
         size = len(evaluator.decoder.components)
         total = size + -(-min(components or size, size) // every)
@@ -227,18 +252,41 @@ def _dtype(name: str) -> torch.dtype | None:
     return known[name]
 
 
-def _evaluator(
+def check_evaluator(name: str, memory: float | None) -> None:
+    """Raises InputError unless there is such an evaluator, and so much memory can be meant."""
+    known = (*_LAYERS, "reference")
+    if name not in known:
+        raise InputError(f"no evaluator {name!r}; known: {', '.join(known)}")
+    if memory is not None and not memory >= 0:
+        raise InputError(f"memory: at least 0 GiB, not {memory:g}")
+
+
+def _probes(
     model: str, text: str, prefix: int, completion: int, count: int, batch_size: int, dtype: str
-) -> ReferenceEvaluator:
+) -> tuple[PreTrainedModel, Probes]:
     documents = read_documents(text)
     loaded, tokenizer = load_model(model, _dtype(dtype))
     console.show_note(f"{count} probes of {prefix} + {completion} tokens: the base writes its completions …")
-    probes = Probes.from_text(loaded, tokenizer, documents, prefix, completion, count, batch_size=batch_size)
-    return ReferenceEvaluator(loaded, probes)
+    return loaded, Probes.from_text(
+        loaded, tokenizer, documents, prefix, completion, count, batch_size=batch_size
+    )
+
+
+def _evaluator(
+    model: PreTrainedModel, probes: Probes, name: str, memory: float | None
+) -> Evaluator | ReferenceEvaluator:
+    if name == "reference":
+        return ReferenceEvaluator(model, probes)
+    bound = None if memory is None else int(memory * 2**30)
+    evaluator = Evaluator(model, probes, memory=bound, layers=_LAYERS[_LAYERS.index(name)])
+    console.show_note(f"measuring with {evaluator.engine}")
+    return evaluator
 
 
 @contextmanager
-def _running(run: Path, evaluator: ReferenceEvaluator, model: str, text: str) -> Iterator[RunDirectory]:
+def _running(
+    run: Path, evaluator: Evaluator | ReferenceEvaluator, model: str, text: str
+) -> Iterator[RunDirectory]:
     """The run directory, with run.json saying how it is run; Ctrl-C ends with how to go on."""
     identity = {"model": model_identity(evaluator.model), "probes": evaluator.probes.identity}
     with RunDirectory.resume(run, identity) as directory:
@@ -254,7 +302,7 @@ def _running(run: Path, evaluator: ReferenceEvaluator, model: str, text: str) ->
             raise typer.Exit(130) from None
 
 
-def _settings(evaluator: ReferenceEvaluator, model: str, text: str) -> dict[str, Any]:
+def _settings(evaluator: Evaluator | ReferenceEvaluator, model: str, text: str) -> dict[str, Any]:
     """How a run is run, and what a report needs to know of the model."""
     probes = evaluator.probes
     return {
@@ -273,6 +321,7 @@ def _settings(evaluator: ReferenceEvaluator, model: str, text: str) -> dict[str,
             "completion": probes.completion,
         },
         "floor": asdict(evaluator.floor),
+        "evaluator": evaluator.engine if isinstance(evaluator, Evaluator) else "reference",
         "components": [
             {"path": c.path, "layer": c.layer, "name": c.name, "numel": c.numel}
             for c in evaluator.decoder.components.values()

@@ -53,10 +53,11 @@ def progress(title: str, total: int, quiet: bool) -> Iterator[OnFinished]:
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(elapsed_when_finished=False),
+        TextColumn("{task.fields[speed]}"),
         TextColumn("{task.fields[last]}"),
     )
     with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as bar:
-        task = bar.add_task(title, total=total, last="")
+        task = bar.add_task(title, total=total, last="", speed="")
         started, done, measured = time.monotonic(), 0, 0
 
         def on_finished(measurement: Measurement, known: bool) -> None:
@@ -64,15 +65,18 @@ def progress(title: str, total: int, quiet: bool) -> Iterator[OnFinished]:
             done, measured = done + 1, measured + (not known)
             last = next(iter(measurement.configuration), "") if len(measurement.configuration) == 1 else ""
             # A plan's bisection may need a few measurements more than could be known beforehand.
-            bar.update(task, completed=done, total=max(total, done), last="known" if known else last)
+            rate = measured / max(time.monotonic() - started, 1e-9)
+            speed = f"{rate:.2g} configurations/s" if measured else ""
+            shown = "known" if known else last
+            bar.update(task, completed=done, total=max(total, done), last=shown, speed=speed)
             if (
                 not quiet
                 and not err.is_terminal
                 and measured
                 and done * 10 // total > (done - 1) * 10 // total
             ):
-                left = (time.monotonic() - started) / measured * max(0, total - done)
-                show_note(f"{title}: {done}/{total}, ETA {left:.0f} s")
+                left = max(0, total - done) / rate
+                show_note(f"{title}: {done}/{total}, {speed}, ETA {left:.0f} s")
 
         yield on_finished
 

@@ -236,7 +236,8 @@ def test_a_measurement_that_breaks_ends_with_1(tiny_folder, tmp_path, command, o
     ended = command("sweep", tiny_folder, "--run", tmp_path / "run", *options)
     assert ended.code == 1
     assert ended.errors == [
-        "error: model.layers.0.self_attn.q_proj under int8: the model's logits are not finite"
+        "error: model.layers.0.self_attn.q_proj under int8: the model's logits are not finite "
+        "(and 20 more configurations failed)"
     ]
 
 

@@ -1,6 +1,7 @@
 """Every position of every completion, exactly: for SDT and whatever needs likelihoods."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,7 +42,9 @@ class CompletePass:
     ) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
         """The columns of each leaf of the configurations' tree, or why there are none, with their indices."""
         root = tree_of(self._model_layers.decoder, configurations)
-        for leaf, state in self._leaves(root):
+        # Of positions that predict nothing that is asked for, the last layer gives nothing.
+        first_output = first_predicted(metrics, self._model_layers.probes.prefix) - 1
+        for leaf, state in self._leaves(root, first_output):
             result: Columns | MeasurementError
             try:
                 result = self._columns(state, metrics)
@@ -49,12 +52,12 @@ class CompletePass:
                 result = error
             yield leaf.ends, result
 
-    def _leaves(self, root: Node) -> Iterator[tuple[Node, Tensor | State | None]]:
+    def _leaves(self, root: Node, first_output: int) -> Iterator[tuple[Node, Tensor | State | None]]:
         if self._fused is None:
             for leaf, state in walk(root, None, self._advance):
                 yield leaf, state
             return
-        for leaf, fused_state in walk(root, None, self._advance_fused):
+        for leaf, fused_state in walk(root, None, partial(self._advance_fused, first_output)):
             yield leaf, fused_state
 
     def _advance(self, node: Node, state: State | None) -> State:
@@ -63,13 +66,13 @@ class CompletePass:
         before = self._model_layers.base(layer) if state is None else state
         return self._model_layers.advance(before, layer, node.treatments)
 
-    def _advance_fused(self, node: Node, state: Tensor | None) -> Tensor:
+    def _advance_fused(self, first_output: int, node: Node, state: Tensor | None) -> Tensor:
         assert self._fused is not None
         self.layer_evaluations += 1
         fused, layer = self._fused, node.layer - 1
-        first_output = self._model_layers.probes.prefix - 1 if node.layer == self._depth else 0
+        wanted = first_output if node.layer == self._depth else 0
         everyone = range(fused.count)
-        return fused.run(layer, node.treatments, state, fused.exact, everyone, first_output=first_output)
+        return fused.run(layer, node.treatments, state, fused.exact, everyone, first_output=wanted)
 
     def _columns(self, state: Tensor | State | None, metrics: frozenset[str]) -> Columns:
         if self._head is not None and metrics <= {"sdt", "dppl"}:

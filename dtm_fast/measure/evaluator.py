@@ -1,26 +1,31 @@
 """The fast evaluator: many configurations in one walk, what they share computed once."""
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from dtm_fast.compression import Configuration, check_configuration
 from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure.complete_pass import Columns, CompletePass
-from dtm_fast.measure.first_pass import FirstPass
+from dtm_fast.measure.first_pass import FirstPass, Results
 from dtm_fast.measure.floor import Floor, self_divergence
-from dtm_fast.measure.fused_layers import FusedLayers
+from dtm_fast.measure.fused_layers import FusedLayers, checked_parts
 from dtm_fast.measure.head import Head
 from dtm_fast.measure.measurement import Measurement
 from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.probes import Probes
+from dtm_fast.measure.racing import Contest, Dropped, Race, fdt75, name_of
 from dtm_fast.measure.reference import checked_metrics, describe
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.model import Decoder
+from dtm_fast.model.gated_decoder import LayerParts
 
 
 class Evaluator:
@@ -29,8 +34,8 @@ class Evaluator:
     Args:
         model: the model whose components the configurations name, in eval mode; not to be changed any more.
         probes: made by this model.
-        memory: bytes that the base's states may take in memory; less makes it slower, and what does not fit at all
-            goes to a file (TMPDIR). None for no bound.
+        memory: bytes that the base's states may take in memory, by default half of what is free. Less makes it
+            slower, and what cannot be left out goes to a file (TMPDIR).
         layers: ``"fused"`` for this package's kernels, ``"transformers"`` for the model's own layers, ``"auto"`` for
             the kernels where they can run.
 
@@ -50,25 +55,32 @@ class Evaluator:
         self.model = model
         self.probes = probes
         self.decoder = Decoder.of(model)
-        self._store = TensorStore(memory)
-        self._model_layers = ModelLayers(self.decoder, probes, self._store)
+        parts, why_not = self._fused_parts(layers)
+        memory = _free_memory() // 2 if memory is None else memory
+        store = TensorStore(memory)
+        self._model_layers = ModelLayers(self.decoder, probes, store, all_states=parts is None)
         self._fused: FusedLayers | None = None
-        self.engine = "transformers' own layers"
+        self.engine = "transformers' own layers" + (f" ({why_not})" if why_not else "")
         """Which layers run, in a few words, and why not the fused ones."""
-        if layers != "transformers":
-            try:
-                left = None if memory is None else memory - self._store.in_memory
-                self._fused = FusedLayers(self._model_layers, self._store, left)
-                self.engine = f"fused layers, {self._fused.arithmetic.name.lower()}"
-            except ModelError as error:
-                if layers == "fused":
-                    raise
-                self.engine += f" ({error})"
+        if parts is not None:
+            self._fused = FusedLayers(parts, self._model_layers, store, memory)
+            self.engine = f"fused layers, {self._fused.arithmetic.name.lower()}"
         self._head = self._head_of_base() if self._model_layers.plain_head else None
         self._complete = CompletePass(self._model_layers, self._fused, self._head)
         self._first: FirstPass | None = None
         if self._fused is not None and self._head is not None:
             self._first = FirstPass(self._fused, self._head, probes.prefix)
+
+    def _fused_parts(self, layers: str) -> tuple[list[LayerParts] | None, str]:
+        """What the fused layers are made of, or None and why there are none."""
+        if layers == "transformers":
+            return None, ""
+        try:
+            return checked_parts(self.decoder, self.probes.tokens[:1]), ""
+        except ModelError as error:
+            if layers == "fused":
+                raise
+            return None, str(error)
 
     def _head_of_base(self) -> Head:
         module: Any = self.model.get_output_embeddings()
@@ -125,6 +137,52 @@ class Evaluator:
         """
         return (measurement for _, measurement in self._measured(list(configurations), metrics))
 
+    def best(self, configurations: Iterable[Configuration], k: int, *, error: float = 0.0) -> Race:
+        """The k configurations of the largest FDT_75; the others are dropped as soon as they cannot win.
+
+        Equals ``sorted(self.measure(configurations, ()), key=lambda m: (-fdt75(m.fdt), name_of(m.configuration)))[:k]``
+        with error 0: of equal FDT_75 the lower name wins.
+
+        Args:
+            configurations: candidates; equal ones count once.
+            k: how many are wanted, at least 1.
+            error: the probability with which one of the best may be dropped because too few of its probes, taken at
+                random, are good.
+
+        Raises:
+            ValueError: k or error is out of range, or there are no fused layers (``engine`` says why), without which
+                nothing is saved.
+            ComponentError, TreatmentError, MeasurementError: as ``iterate``.
+        """
+        if k < 1 or not 0 <= error < 1:
+            raise ValueError(f"k must be at least 1 and error in [0, 1), not {k} and {error}")
+        if self._first is None:
+            raise ValueError(f"a race needs the fused layers; here run {self.engine}")
+        wanted = list({name_of(each): each for each in configurations}.values())
+        for configuration in wanted:
+            check_configuration(self.decoder, configuration)
+        contest = Contest(k, self.probes.margins, error)
+        measured: list[Measurement] = []
+        dropped: list[Dropped] = []
+        failed: list[str] = []
+        clock = time.perf_counter()
+        for indices, result in self._results(wanted, frozenset(), contest):
+            configuration = wanted[indices[0]]
+            now = time.perf_counter()
+            seconds, clock = now - clock, now
+            if isinstance(result, MeasurementError):
+                failed.append(f"{describe(configuration)}: {result}")
+            elif isinstance(result, Dropped):
+                dropped.append(result)
+            else:
+                measured.append(_measurement(configuration, self.probes.completion, result, seconds))
+        _raise_if_any(failed)
+        measured.sort(key=lambda each: (-fdt75(each.fdt), name_of(each.configuration)))
+        for each in measured[k:]:
+            seen = torch.minimum(each.fdt + 1, torch.tensor(each.completion))
+            dropped.append(Dropped(each.configuration, fdt75(each.fdt), seen, proved=True))
+        return Race(measured[:k], dropped)
+
     def _measured(
         self, configurations: Sequence[Configuration], metrics: Sequence[str]
     ) -> Iterator[tuple[int, Measurement]]:
@@ -138,36 +196,52 @@ class Evaluator:
             try:
                 if isinstance(result, MeasurementError):
                     raise result
+                assert not isinstance(result, Dropped), "there is no contest"
                 now = time.perf_counter()
                 seconds, clock = (now - clock) / len(indices), now
                 measurement = _measurement(configuration, self.probes.completion, result, seconds)
+                measurement = measurement if wanted else replace(measurement, sdt=None)
             except MeasurementError as error:
                 failed.append(f"{describe(configuration)}: {error}")
                 continue
             for index in indices:
                 yield index, replace(measurement, configuration=configurations[index])
-        if failed:
-            more = f" (and {len(failed) - 1} more configurations failed)" if len(failed) > 1 else ""
-            raise MeasurementError(failed[0] + more)
+        _raise_if_any(failed)
 
     def _results(
-        self, configurations: Sequence[Configuration], metrics: frozenset[str]
-    ) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
+        self,
+        configurations: Sequence[Configuration],
+        metrics: frozenset[str],
+        contest: Contest | None = None,
+    ) -> Results:
         if metrics or self._first is None:
-            return self._complete.results(configurations, metrics)
+            yield from self._complete.results(configurations, metrics)
+            return
         # The base's own text is what the model's own pass chooses: no other arithmetic is asked.
         base = [index for index, configuration in enumerate(configurations) if not configuration]
+        if base:
+            for _, result in self._complete.results([{}], metrics):
+                if contest is not None and not isinstance(result, MeasurementError):
+                    contest.take({}, torch.full((len(self.probes),), self.probes.completion))
+                yield base, result
         others = [index for index, configuration in enumerate(configurations) if configuration]
-        return self._first_and_complete(configurations, base, others)
+        for indices, rest in self._first.results([configurations[i] for i in others], contest):
+            yield [others[index] for index in indices], rest
 
-    def _first_and_complete(
-        self, configurations: Sequence[Configuration], base: list[int], others: list[int]
-    ) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
-        assert self._first is not None
-        for indices, result in self._complete.results([configurations[i] for i in base], frozenset()):
-            yield [base[index] for index in indices], result
-        for indices, result in self._first.results([configurations[i] for i in others]):
-            yield [others[index] for index in indices], result
+
+def _raise_if_any(failed: list[str]) -> None:
+    if failed:
+        more = f" (and {len(failed) - 1} more configurations failed)" if len(failed) > 1 else ""
+        raise MeasurementError(failed[0] + more)
+
+
+def _free_memory() -> int:
+    """Bytes that the system could give without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _measurement(

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dtm_fast.compression import Configuration
 from dtm_fast.measure.fused_layers import FusedLayers
-from dtm_fast.measure.head import Head
+from dtm_fast.measure.head import Decisions, Head
 from dtm_fast.ops.decoder_layer import Arithmetic
 
 # By how much CHANGE may misjudge the distance of a hidden state to the border of a decision, in units of how far that
@@ -39,15 +40,49 @@ class FirstDivergence:
     """FDT of P probes, as far as it is known.
 
     Attributes:
-        fdt: int64 [P], N where none diverges.
+        completion: N.
+        fdt: int64 [P], N where none was found to diverge.
         lead: float32 [P], by how many logits the base's token wins there (it loses); NaN where none diverges.
-        uncertain: probe → the last position of its completion, before its FDT, that the arithmetic's error may have
-            decided: so far it must be computed exactly.
+        seen: int64 [P], how many positions of the completion were read; no more are read after a divergence.
+        uncertain: probe → (first, last) position of its completion, before its FDT, that the arithmetic's error may
+            have decided: up to the last one it must be computed exactly.
     """
 
+    completion: int
     fdt: Tensor
     lead: Tensor
-    uncertain: dict[int, int] = field(default_factory=dict)
+    seen: Tensor
+    uncertain: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def unknown(cls, probes: int, completion: int) -> "FirstDivergence":
+        """Nothing was read yet."""
+        return cls(
+            completion,
+            torch.full((probes,), completion),
+            torch.full((probes,), torch.nan),
+            torch.zeros(probes, dtype=torch.int64),
+        )
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest FDT that each probe can have, int64 [P]."""
+        lowest = torch.where(self.fdt < self.completion, self.fdt, self.seen)
+        for probe, (first, _) in self.uncertain.items():
+            lowest[probe] = min(int(lowest[probe]), first)
+        return lowest, self.fdt
+
+
+class Referee(Protocol):
+    """Says in which order to read the probes of a configuration, and when it was read enough."""
+
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """All probes, in the groups in which they are read one after the other."""
+        ...
+
+    def goes_on(self, found: FirstDivergence) -> bool:
+        """Whether to read on; asked after every part."""
+        ...
 
 
 @torch.no_grad()
@@ -59,6 +94,7 @@ def first_divergence(
     arithmetic: Arithmetic,
     prefix: int,
     error: float,
+    referee: Referee | None = None,
 ) -> FirstDivergence:
     """Runs the last layers of a configuration on all probes until each diverges.
 
@@ -70,43 +106,47 @@ def first_divergence(
         arithmetic: of ``state`` and of what follows.
         prefix: n of the probes.
         error: of the arithmetic, as ``Head.decide`` takes it.
+        referee: in which groups to read the probes, and whether to go on after each part; by default all, to the
+            end.
     """
-    N = layers.positions + 1 - prefix  # noqa: N806
-    found = FirstDivergence(torch.full((layers.count,), N), torch.full((layers.count,), torch.nan))
-    alive = list(range(layers.count))
+    completion = layers.positions + 1 - prefix
+    found = FirstDivergence.unknown(layers.count, completion)
     parts = _PARTS if all(layers.can_run_in_parts(treatments) for _, treatments in steps) else 1
-    for part in range(parts):
-        begin, stop = part * N // parts, (part + 1) * N // parts
-        if not alive or begin == stop:
-            continue
-        first, end = (0 if begin == 0 else prefix - 1 + begin), prefix - 1 + stop
-        x = None if state is None else state[alive, first:end].contiguous()
-        for layer, treatments in steps:
-            last = layer == layers.depth - 1
-            x = layers.run(
-                layer, treatments, x, arithmetic, alive, first, end, first_output=prefix - 1 if last else 0
-            )
-        at = prefix - 1 + begin
-        x = None if x is None else x[:, at - first :]
-        decided = head.decide(layers.head_input(x, arithmetic, alive, at, end), alive, begin, error)
-        alive = _take_in(found, decided.mismatch, decided.certain, decided.lead, alive, begin)
+    everyone: Sequence[Sequence[int]] = [range(layers.count)]
+    for group in everyone if referee is None or parts == 1 else referee.groups:
+        alive = list(group)
+        for part in range(parts):
+            begin, stop = part * completion // parts, (part + 1) * completion // parts
+            if not alive or begin == stop:
+                continue
+            first, end = (0 if begin == 0 else prefix - 1 + begin), prefix - 1 + stop
+            x = None if state is None else state[alive, first:end].contiguous()
+            for layer, treatments in steps:
+                wanted = prefix - 1 if layer == layers.depth - 1 else 0
+                x = layers.run(layer, treatments, x, arithmetic, alive, first, end, first_output=wanted)
+            at = prefix - 1 + begin
+            x = None if x is None else x[:, at - first :]
+            decided = head.decide(layers.head_input(x, arithmetic, alive, at, end), alive, begin, error)
+            alive = _take_in(found, decided, alive, begin)
+            if referee is not None and not referee.goes_on(found):
+                return found
     return found
 
 
-def _take_in(
-    found: FirstDivergence, mismatch: Tensor, certain: Tensor, lead: Tensor, alive: list[int], begin: int
-) -> list[int]:
+def _take_in(found: FirstDivergence, decided: Decisions, alive: list[int], begin: int) -> list[int]:
     """Adds the decisions of a part to what is found; returns who has not certainly diverged."""
     going_on = []
-    sure = mismatch & certain
+    sure = decided.mismatch & decided.certain
     for row, probe in enumerate(alive):
-        end = mismatch.shape[1]
+        end = sure.shape[1]
         if bool(sure[row].any()):
             end = int(sure[row].int().argmax())
-            found.fdt[probe], found.lead[probe] = begin + end, lead[row, end]
+            found.fdt[probe], found.lead[probe] = begin + end, decided.lead[row, end]
         else:
             going_on.append(probe)
-        doubtful = (~certain[row, :end]).nonzero()
+        found.seen[probe] = begin + end
+        doubtful = (~decided.certain[row, :end]).nonzero()
         if len(doubtful):
-            found.uncertain[probe] = begin + int(doubtful[-1])
+            first = found.uncertain.get(probe, (begin + int(doubtful[0]), 0))[0]
+            found.uncertain[probe] = (first, begin + int(doubtful[-1]))
     return going_on

@@ -14,7 +14,10 @@ from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_d
 from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.head import Head
 from dtm_fast.measure.prefix_tree import Node, layers_of, tree_of, walk
+from dtm_fast.measure.racing import Contest, Dropped
 from dtm_fast.ops.decoder_layer import Arithmetic
+
+Results = Iterator[tuple[list[int], Columns | Dropped | MeasurementError]]
 
 _DOUBTS = 48  # so many probes are computed exactly together
 
@@ -24,6 +27,7 @@ class _Waiting:
     """A configuration of which some probes are in doubt."""
 
     indices: list[int]
+    configuration: Configuration
     found: FirstDivergence
     doubts: list[Doubt]
 
@@ -42,21 +46,25 @@ class FirstPass:
         self._fused = fused
         self._head = head
         self._prefix = prefix
+        self._completion = fused.positions + 1 - prefix
         self.layer_evaluations = 0
         """Layers run so far."""
         self.doubts = 0
         """Probes computed exactly so far, because their decision was in doubt."""
 
     @torch.no_grad()
-    def results(
-        self, configurations: Sequence[Configuration]
-    ) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
-        """FDT and lead of each configuration, or why there are none, with the indices of those that equal it."""
+    def results(self, configurations: Sequence[Configuration], contest: Contest | None = None) -> Results:
+        """FDT and lead of each configuration, or why there are none, with the indices of those that equal it.
+
+        Args:
+            configurations: none of them the base.
+            contest: says whom to drop; it is told of everyone who was measured.
+        """
         for arithmetic in (self._fused.arithmetic, self._fused.exact):
             chosen = [i for i, c in enumerate(configurations) if self._arithmetic_of(c) == arithmetic]
             if not chosen:
                 continue
-            for indices, result in self._walked([configurations[i] for i in chosen], arithmetic):
+            for indices, result in self._walked([configurations[i] for i in chosen], arithmetic, contest):
                 yield [chosen[index] for index in indices], result
             if self._fused.arithmetic == self._fused.exact:
                 return
@@ -67,8 +75,8 @@ class FirstPass:
         return self._fused.arithmetic if known else self._fused.exact
 
     def _walked(
-        self, configurations: Sequence[Configuration], arithmetic: Arithmetic
-    ) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
+        self, configurations: Sequence[Configuration], arithmetic: Arithmetic, contest: Contest | None
+    ) -> Results:
         def advance(node: Node, state: Tensor | None) -> Tensor:
             self.layer_evaluations += 1
             everyone = range(self._fused.count)
@@ -80,32 +88,48 @@ class FirstPass:
             chain = node.chain()
             indices = (chain[-1] if chain else node).ends
             steps = [(each.layer - 1, each.treatments) for each in chain if not each.is_base]
-            self.layer_evaluations += len(steps)
-            by_layer = layers_of(self._fused.decoder, configurations[indices[0]])
+            configuration = configurations[indices[0]]
+            if contest is not None and contest.cannot_win(configuration, self._completion):
+                unread = FirstDivergence.unknown(self._fused.count, self._completion)
+                yield indices, Dropped(configuration, self._completion, unread.seen, proved=True)
+                continue
+            by_layer = layers_of(self._fused.decoder, configuration)
             differing = self._fused.depth - min(by_layer)
             error = error_of(arithmetic, differing, self._fused.shape.hidden)
+            self.layer_evaluations += len(steps)
+            referee = None if contest is None else contest.referee(configuration)
             try:
                 found = first_divergence(
-                    self._fused, self._head, state, steps, arithmetic, self._prefix, error
+                    self._fused,
+                    self._head,
+                    state,
+                    steps,
+                    arithmetic,
+                    self._prefix,
+                    error,
+                    referee,
                 )
             except MeasurementError as failure:
                 yield indices, failure
                 continue
-            doubts = [Doubt(by_layer, probe, last, found) for probe, last in found.uncertain.items()]
-            if not doubts:
-                yield indices, _columns(found)
+            if referee is not None and referee.lost is not None:
+                yield indices, referee.lost
                 continue
-            waiting.append(_Waiting(indices, found, doubts))
-            if sum(len(each.doubts) for each in waiting) >= _DOUBTS:
-                yield from self._settled(waiting)
-                waiting = []
-        yield from self._settled(waiting)
+            doubts = [Doubt(by_layer, probe, last, found) for probe, (_, last) in found.uncertain.items()]
+            waiting.append(_Waiting(indices, configuration, found, doubts))
+            if not doubts or sum(len(each.doubts) for each in waiting) >= _DOUBTS:
+                ready = waiting if doubts else [waiting.pop()]
+                yield from self._settled(ready, contest)
+                waiting = [] if doubts else waiting
+        yield from self._settled(waiting, contest)
 
-    def _settled(self, waiting: list[_Waiting]) -> Iterator[tuple[list[int], Columns | MeasurementError]]:
+    def _settled(self, waiting: list[_Waiting], contest: Contest | None) -> Results:
         doubts = [doubt for each in waiting for doubt in each.doubts]
         self.doubts += len(doubts)
         settle(self._fused, self._head, doubts, self._prefix)
         for each in waiting:
+            if contest is not None:
+                contest.take(each.configuration, each.found.fdt)
             yield each.indices, _columns(each.found)
 
 

@@ -12,7 +12,9 @@ from dtm_fast.errors import ModelError
 from dtm_fast.measure.compressed_weights import CompressedWeights
 from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.tensor_store import TensorStore
+from dtm_fast.model import Decoder
 from dtm_fast.model.gated_decoder import LayerParts, parts_of
+from dtm_fast.model.stepping import record
 from dtm_fast.ops import native
 from dtm_fast.ops.decoder_layer import (
     Arithmetic,
@@ -35,30 +37,32 @@ class FusedLayers:
     its difference to the base's; None is the base's own.
 
     Args:
+        parts: the layers', from ``checked_parts``.
         model_layers: the same layers by transformers, on the CPU.
         store: keeps the base's states between the layers.
         memory: bytes that the base's states within the layers may take: those of the last layers are kept first,
             and a layer without them is slower. None for no bound.
-
-    Raises:
-        ModelError: the layers are not of this kind, or do not compute what transformers' do; the message says why.
     """
 
-    def __init__(self, model_layers: ModelLayers, store: TensorStore, memory: int | None = None) -> None:
-        """Computes the base's states and compares every layer with transformers' own."""
+    def __init__(
+        self,
+        parts: list[LayerParts],
+        model_layers: ModelLayers,
+        store: TensorStore,
+        memory: int | None = None,
+    ) -> None:
+        """Computes the base's states."""
         probes = model_layers.probes
         self.decoder = model_layers.decoder
-        self.depth = len(self.decoder.layers)
+        self.depth = len(parts)
         self.count = len(probes)
         self.positions = probes.tokens.shape[1] - 1  # nothing follows the last token
+        self.shape = parts[0].shape
+        self.exact = _exact(self.decoder)
+        self.has_change = self.exact == Arithmetic.FLOAT32 and has_arithmetic(Arithmetic.CHANGE)
+        self._parts = parts
         self._model_layers = model_layers
         self._store = store
-        self._parts = [_parts(model_layers, layer) for layer in range(self.depth)]
-        self.shape = self._parts[0].shape
-        self.exact = Arithmetic.BFLOAT16 if self.decoder.model.dtype == torch.bfloat16 else Arithmetic.FLOAT32
-        if not has_arithmetic(self.exact):
-            raise ModelError(f"{native.cpu_isa()} has no kernel for layers in {self.exact.name.lower()}")
-        self.has_change = self.exact == Arithmetic.FLOAT32 and has_arithmetic(Arithmetic.CHANGE)
         self._packed: dict[tuple[int, Arithmetic], DecoderLayer] = {}
         self._weights = CompressedWeights()
         self._kv: dict[int, Tensor] = {}
@@ -153,11 +157,11 @@ class FusedLayers:
     def _record(self, memory: int | None) -> None:
         widths = {name: width for name, width in self.shape.widths.items() if name != "input"}
         size = 4 * self.count * self.positions * sum(widths.values())
-        kept = self.depth if memory is None else min(self.depth, max(memory, 0) // size)
         x = self._model_layers.entering(0)[:, : self.positions].float().contiguous()
+        left = None if memory is None else memory - (self.depth + 1) * x.nbytes
+        kept = self.depth if left is None else min(self.depth, max(0, left) // size)
         kv = self.new_kv(self.count)
         for layer in range(self.depth):
-            self._check(layer, kv)
             self._store.put(layer, x)
             out, keep = torch.empty_like(x), States()
             if layer >= self.depth - kept:
@@ -166,20 +170,6 @@ class FusedLayers:
             decoder_layer(self._layer(layer, self.exact), x, out, kv, keep=keep)
             x = out
         self._store.put(self.depth, x)
-
-    def _check(self, layer: int, kv: Tensor) -> None:
-        """Compares a layer with transformers' own on the first probe's own states."""
-        before, after = (
-            self._model_layers.entering(each)[:1, : self.positions].float().contiguous()
-            for each in (layer, layer + 1)
-        )
-        out = torch.empty_like(before)
-        decoder_layer(self._layer(layer, self.exact), before, out, kv)
-        deviation = float((out - after).norm() / (after - before).norm())
-        if not deviation <= _DEVIATION[self.exact]:
-            raise ModelError(
-                f"layer {layer} is not what the fused kernel computes: it differs by {deviation:.1g} of what it adds"
-            )
 
     def _layer(self, layer: int, arithmetic: Arithmetic) -> DecoderLayer:
         key = (layer, arithmetic)
@@ -229,14 +219,50 @@ class FusedLayers:
         return out - self.base(layer + 1, rows) if arithmetic == Arithmetic.CHANGE else out
 
 
-def _parts(model_layers: ModelLayers, layer: int) -> LayerParts:
+def checked_parts(decoder: Decoder, tokens: Tensor) -> list[LayerParts]:
+    """The parts of every layer, each compared with what transformers' own layer makes of its own input.
+
+    Args:
+        decoder: of a causal language model in eval mode.
+        tokens: int64 [1, T], a probe.
+
+    Raises:
+        ModelError: the layers are not of this kind, or do not compute what transformers' do, or no kernel can run;
+            the message says why.
+    """
     cpu, reason = native.load("_cpu")
     if cpu is None:
         raise ModelError(reason)
-    parts = parts_of(model_layers.call(layer), cpu.MOST_HEAD_DIM)
-    if isinstance(parts, str):
-        raise ModelError(parts)
-    return parts
+    if next(decoder.model.parameters()).device.type != "cpu":
+        raise ModelError("the fused kernels are for the CPU")
+    arithmetic = _exact(decoder)
+    if not has_arithmetic(arithmetic):
+        raise ModelError(f"{native.cpu_isa()} has no kernel for layers in {arithmetic.name.lower()}")
+    calls, states = record(decoder, tokens)
+    found: list[LayerParts] = []
+    for layer, (call, before, after) in enumerate(zip(calls, states[:-1], states[1:], strict=True)):
+        parts = parts_of(call, cpu.MOST_HEAD_DIM)
+        if isinstance(parts, str):
+            raise ModelError(parts)
+        if found and parts.shape != found[0].shape:
+            raise ModelError(f"layer {layer} has other sizes than the first")
+        x, expected = before.float().contiguous(), after.float()
+        out, kv = (
+            torch.empty_like(x),
+            x.new_empty(*x.shape[:2], 2 * parts.shape.kv_heads * parts.shape.head_dim),
+        )
+        decoder_layer(_packed(parts, arithmetic), x, out, kv)
+        deviation = float((out - expected).norm() / (expected - x).norm())
+        if not deviation <= _DEVIATION[arithmetic]:
+            raise ModelError(
+                f"layer {layer} is not what the fused kernel computes: it differs by {deviation:.1g} of what it adds"
+            )
+        found.append(parts)
+    return found
+
+
+def _exact(decoder: Decoder) -> Arithmetic:
+    return Arithmetic.BFLOAT16 if decoder.model.dtype == torch.bfloat16 else Arithmetic.FLOAT32
 
 
 def _packed(parts: LayerParts, arithmetic: Arithmetic) -> DecoderLayer:

@@ -36,8 +36,8 @@ class Decisions:
 class Head:
     """The head of a model whose logits are a product with one weight and nothing else.
 
-    Decides by proofs where hidden states are near the base's, and by exact logits elsewhere. A decision depends on
-    its own hidden state alone, to the bit.
+    Decides by proofs where hidden states are near the base's, and by exact logits elsewhere. A decision and its lead
+    depend on their own hidden state alone, to the bit.
 
     Args:
         weight: [V, D].
@@ -50,6 +50,7 @@ class Head:
         self._weight = weight.detach()
         self._reference = reference.to(weight.device)
         self._certificate = ops.Certificate.build(hidden, self._weight)
+        self._norm = torch.linalg.vector_norm(self._weight, dim=1, dtype=torch.float32)
 
     def decide(self, hidden: Tensor, rows: Sequence[int], first: int, error: float = 0.0) -> Decisions:
         """What probes ``rows`` choose at positions ``first`` … of their completions.
@@ -124,12 +125,20 @@ class Head:
         mismatch[rows] = logits.argmax(dim=1) != wanted  # the lowest id, where logits are equal
         values, ids = logits.topk(min(_RIVALS, logits.shape[1]), dim=1)
         ahead = logits.gather(1, wanted[:, None]).float() - values.float()
+        others = ahead[:, -1].clone()
         ahead[ids == wanted[:, None]] = torch.inf
-        leads[rows] = ahead.amin(dim=1)
+        least = ahead.amin(dim=1)
+        # Among a few tokens the second may be missing; the first is there.
+        leads[rows] = least if tokens is None else torch.where(mismatch[rows], least, torch.nan)
         if bool((reach[rows] > 0).any()):
             apart = (weight[ids] - weight[wanted][:, None]).float().norm(dim=2)
-            distance = (ahead / apart).nan_to_num(nan=torch.inf).amin(dim=1)
-            certain[rows] = distance.abs() > reach[rows]
+            distance = (ahead / apart).nan_to_num(nan=torch.inf).amin(dim=1).abs()
+            sure = distance > reach[rows]
+            if logits.shape[1] > _RIVALS:
+                # The tokens that were not looked at are at least this far away.
+                distance = others / (self._norm[reference[rows]] + self._norm.max())
+                sure &= mismatch[rows] | (distance > reach[rows])
+            certain[rows] = sure | (reach[rows] == 0)
 
 
 def check_finite(hidden: Tensor) -> None:

@@ -7,7 +7,13 @@ from dtm_fast.compression import Change, Configuration
 from dtm_fast.measure.probes import Probes
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.model import Decoder
-from dtm_fast.model.stepping import LayerCall, has_plain_head, head_input_after, logits_after, record
+from dtm_fast.model.stepping import (
+    LayerCall,
+    has_plain_head,
+    head_input_after,
+    logits_after,
+    record_calls,
+)
 
 State = list[Tensor]
 """Hidden states between two layers, [b, T, D] for each batch of the probes."""
@@ -23,12 +29,13 @@ class ModelLayers:
         decoder: of a causal language model in eval mode.
         probes: what is read.
         store: keeps the base's states.
+        all_states: whether those between the layers are wanted, and not only the first and the last.
 
     Raises:
         ModelError: the model's layers cannot be run one by one.
     """
 
-    def __init__(self, decoder: Decoder, probes: Probes, store: TensorStore) -> None:
+    def __init__(self, decoder: Decoder, probes: Probes, store: TensorStore, all_states: bool = True) -> None:
         """Reads the probes once with the base."""
         self.decoder = decoder
         self.probes = probes
@@ -36,20 +43,18 @@ class ModelLayers:
         self._batches = probes.tokens.split(probes.batch_size)
         self._calls: list[list[LayerCall]] = []
         for batch, tokens in enumerate(self._batches):
-            calls, states = record(decoder, tokens)
-            self._calls.append(calls)
-            for layer, state in enumerate(states):
-                store.put(("model", batch, layer), state)
+
+            def keep(layer: int, state: Tensor, batch: int = batch) -> None:
+                if all_states or layer in (0, len(decoder.layers)):
+                    store.put(("model", batch, layer), state)
+
+            self._calls.append(record_calls(decoder, tokens, keep))
 
     @property
     def plain_head(self) -> bool:
         """Whether the logits are the product with the head's weight and nothing else."""
         model, states = self.decoder.model, self.base(len(self.decoder.layers))
         return has_plain_head(model, self._calls[0], self._batches[0], states[0])
-
-    def call(self, layer: int) -> LayerCall:
-        """How the model calls a layer, for the first batch."""
-        return self._calls[0][layer]
 
     def base(self, layer: int) -> State:
         """The base's state before ``layer`` runs (after the last one: ``layer`` is their number)."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -47,39 +48,54 @@ class LayerCall:
         return hidden if self.more is None else (hidden, *self.more)
 
 
-@torch.no_grad()
 def record(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerCall], list[Tensor]]:
-    """Reads tokens once and notes how each layer is called, and with which hidden states.
+    """``record_calls``, with the L + 1 hidden states [b, T, D] that enter each layer and leave the last."""
+    states: list[Tensor] = []
+    calls = record_calls(decoder, tokens, lambda layer, state: states.append(state))
+    return calls, states
+
+
+@torch.no_grad()
+def record_calls(
+    decoder: Decoder, tokens: Tensor, on_state: Callable[[int, Tensor], None]
+) -> list[LayerCall]:
+    """Reads tokens once and notes how each layer is called.
 
     Args:
         decoder: of a causal language model in eval mode.
         tokens: int64 [b, T].
+        on_state: called with each layer's number and the hidden states [b, T, D] that enter it, at the end with the
+            number of layers and what leaves the last.
 
     Returns:
-        The calls, first layer to last, and the L + 1 hidden states [b, T, D] that enter each layer and leave the
-        last.
+        The calls, first layer to last.
 
     Raises:
         ModelError: the layers do not hand on one tensor of hidden states, each to the next, each once.
     """
-    calls: dict[int, LayerCall] = {}
-    entering: dict[int, Tensor] = {}
-    leaving: dict[int, Tensor] = {}
+    calls: list[LayerCall] = []
+    left: list[Tensor] = []
     name = type(decoder.model).__name__
 
     def note(
         index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if index in calls:
-            raise ModelError(f"{name}: layer {index} runs more than once a pass")
+        if index != len(calls):
+            raise ModelError(f"{name}: layer {index} runs as number {len(calls)}")
         by_keyword = not args
         hidden = kwargs.get(_HIDDEN) if by_keyword else args[0]
         if not isinstance(hidden, Tensor) or not isinstance(_hidden_of(output), Tensor):
             raise ModelError(f"{name}: layer {index} is not handed, or does not return, hidden states")
+        if left and hidden is not left[0] and not torch.equal(hidden, left[0]):
+            raise ModelError(
+                f"{name}: what enters layer {index} is not what left layer {index - 1}, so that its layers cannot be "
+                "run one by one"
+            )
         rest = {key: value for key, value in kwargs.items() if key != _HIDDEN}
         more = tuple(output[1:]) if isinstance(output, tuple) else None
-        calls[index] = LayerCall(layer, args[1:], rest, by_keyword, more)
-        entering[index], leaving[index] = hidden, _hidden_of(output)
+        calls.append(LayerCall(layer, args[1:], rest, by_keyword, more))
+        on_state(index, hidden)
+        left[:] = [_hidden_of(output)]
 
     handles = [
         layer.register_forward_hook(
@@ -93,17 +109,10 @@ def record(decoder: Decoder, tokens: Tensor) -> tuple[list[LayerCall], list[Tens
     finally:
         for handle in handles:
             handle.remove()
-    depth = len(decoder.layers)
-    missing = [index for index in range(depth) if index not in calls]
-    if missing:
-        raise ModelError(f"{name}: layer {missing[0]} does not run")
-    for index in range(1, depth):
-        if entering[index] is not leaving[index - 1] and not torch.equal(entering[index], leaving[index - 1]):
-            raise ModelError(
-                f"{name}: what enters layer {index} is not what left layer {index - 1}, so that its layers cannot be "
-                "run one by one"
-            )
-    return [calls[i] for i in range(depth)], [entering[i] for i in range(depth)] + [leaving[depth - 1]]
+    if len(calls) < len(decoder.layers):
+        raise ModelError(f"{name}: layer {len(calls)} does not run")
+    on_state(len(calls), left[0])
+    return calls
 
 
 @torch.no_grad()
@@ -148,9 +157,16 @@ def has_plain_head(model: PreTrainedModel, calls: list[LayerCall], tokens: Tenso
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         return False
-    first = tokens.shape[1] - 1
-    logits = logits_after(model, calls, tokens, hidden, first)
-    return torch.equal(logits, head(head_input_after(model, calls, tokens, hidden, first)))
+    products: list[Tensor] = []
+    # Of the very rows that the model multiplies: a product of fewer may differ in the last bits.
+    handle = head.register_forward_hook(
+        lambda head, args, output: products.append(F.linear(args[0], head.weight))
+    )
+    try:
+        logits = logits_after(model, calls, tokens, hidden, tokens.shape[1] - 1)
+    finally:
+        handle.remove()
+    return len(products) == 1 and torch.equal(logits, products[0][:, -2:-1])
 
 
 @contextmanager
