@@ -3,9 +3,11 @@
 // to.
 #include <cstdint>
 #include <cstdio>
+#include <stdexcept>
 #include <vector>
 
 #include "../kernels/cpu/apply_mask.h"
+#include "../kernels/cpu/decoder_layer.h"
 #include "../kernels/cpu/int8_linear.h"
 #include "../kernels/cpu/mask_bits.h"
 #include "../kernels/cpu/masked_ladder.h"
@@ -162,5 +164,47 @@ int main() {
                      {type, a.floats(type), s.K, a.floats(type), s.K, a.tokens.data(), s.M, s.N, s.K,
                       a.mismatch.data(), a.results.data()},
                      threads);
+  });
+  // One arithmetic in float32, two that multiply bfloat16. What an instruction set has no kernel for is
+  // refused, and that must leave nothing behind, either.
+  const auto for_each_arithmetic = [](FloatType type, const auto& call) {
+    const bool is_float32 = type == FloatType::kFloat32;
+    for (int each = is_float32 ? 0 : 1; each < (is_float32 ? 1 : 3); ++each) {
+      try {
+        call(LayerArithmetic(each));
+      } catch (const std::invalid_argument&) {
+      }
+    }
+  };
+  std::vector<float> panels(static_cast<size_t>(packed_matrix_size(LayerArithmetic::kFloat32, kMaxN, kMaxK)),
+                            0.5f);
+  check("pack_matrix", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    for_each_arithmetic(type, [&](LayerArithmetic arithmetic) {
+      pack_matrix(isa, arithmetic, a.wide.data(), s.N, s.K, panels.data(), threads);
+    });
+  });
+  // Two sequences through a small layer, the second one behind its first position.
+  constexpr int64_t kHidden = 20, kKvCols = 6, kIntermediate = 32;
+  std::vector<float> keys_and_values(static_cast<size_t>(2 * kMaxM * 2 * kKvCols));
+  check("decoder_layer", [&](CpuIsa isa, Shape s, FloatType type, int threads) {
+    for_each_arithmetic(type, [&](LayerArithmetic arithmetic) {
+      float* const any = a.wide.data();
+      const LayerStates states = {any, any, any, any, any};
+      DecoderLayer layer = {};
+      layer.arithmetic = arithmetic;
+      layer.hidden = kHidden, layer.heads = 2, layer.kv_heads = 1, layer.head_dim = kKvCols;
+      layer.intermediate = kIntermediate, layer.eps = 1e-5f, layer.attention_scale = 0.5f;
+      layer.attention_norm = layer.mlp_norm = layer.cosine = layer.sine = any;
+      layer.attention_in[0] = {panels.data(), panels.data(), any, 4 * kKvCols, 0};
+      layer.attention_out = layer.mlp_out = {panels.data(), panels.data(), any, kHidden, 0};
+      layer.mlp_in[0] = {panels.data(), nullptr, any, 2 * kIntermediate, 0};
+      layer.attention_ins = layer.mlp_ins = 1;
+      float* const out = a.results.data();
+      float* const kv = keys_and_values.data();
+      const SequencePart parts[] = {
+          {0, s.M, 0, any, out, kv, states, {}},
+          {1, 1, 0, any, out + kMaxM * kHidden, kv + kMaxM * 2 * kKvCols, states, {}}};
+      decoder_layer(isa, layer, parts, 2, threads);
+    });
   });
 }

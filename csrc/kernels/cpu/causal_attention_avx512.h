@@ -46,8 +46,8 @@ class AttentionHead {
       for (int64_t t = 0; t < context_; ++t) {
         const float* row = values + t * stride + e;
         const int64_t cols = t < count ? head_dim_ - e : 0;  // zeros behind the last
-        _mm512_storeu_ps(panel + t * kPanelCols, load_vector(row, 0, cols));
-        _mm512_storeu_ps(panel + t * kPanelCols + 16, load_vector(row, 16, cols));
+        store_value(load_vector(row, 0, cols), t, panel + t * kPanelCols);
+        store_value(load_vector(row, 16, cols), t, panel + t * kPanelCols + 16);
       }
     }
   }
@@ -93,6 +93,15 @@ class AttentionHead {
  private:
   static int64_t whole_panels(int64_t count) { return (count + kPanelCols - 1) / kPanelCols * kPanelCols; }
   int64_t head_lanes() const { return panel_lanes<FloatLanes>(head_dim_); }
+
+  // Positions before t multiply the value of t by 0, which would give NaN if it is not finite: its key
+  // becomes NaN instead, whose scores they do not look at.
+  void store_value(__m512 value, int64_t t, float* to) {
+    constexpr int kNotFinite = 0x99;  // infinities, and both kinds of NaN
+    const __mmask16 bad = _mm512_fpclass_ps_mask(value, kNotFinite);
+    if (bad != 0) keys_[t / kPanelCols * kPanelCols * head_lanes() + t % kPanelCols] = __builtin_nanf("");
+    _mm512_storeu_ps(to, _mm512_maskz_mov_ps(_knot_mask16(bad), value));
+  }
 
   // weights = exp(scale * (scores - their maximum)) of the first `valid` keys, zeros up to `keys`, packed;
   // returns the inverse of their sum.

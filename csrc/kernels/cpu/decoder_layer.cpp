@@ -30,10 +30,15 @@ struct Task {
   int64_t first, count, rows, context;
 };
 
-std::vector<Task> tasks_of(const SequencePart* parts, int64_t count) {
+// As many tasks as there are runs of kTaskRows, but as many for each thread as for the others.
+std::vector<Task> tasks_of(const SequencePart* parts, int64_t count, int64_t threads) {
+  int64_t rows = 0;
+  for (int64_t p = 0; p < count; ++p) rows += parts[p].count;
+  const int64_t wanted = (rows + kTaskRows * threads - 1) / (kTaskRows * threads) * threads;
+  const int64_t share = (rows + wanted - 1) / std::max<int64_t>(1, wanted);
   std::vector<Task> tasks;
   for (int64_t p = 0; p < count; ++p) {
-    if (tasks.empty() || tasks.back().rows + parts[p].count > kTaskRows) tasks.push_back({p, 0, 0, 0});
+    if (tasks.empty() || tasks.back().rows + parts[p].count > share) tasks.push_back({p, 0, 0, 0});
     Task& task = tasks.back();
     ++task.count;
     task.rows += parts[p].count;
@@ -66,7 +71,7 @@ bool has_layer_arithmetic(CpuIsa isa, LayerArithmetic arithmetic) {
 void decoder_layer(CpuIsa isa, const DecoderLayer& layer, const SequencePart* parts, int64_t count,
                    int num_threads) {
   require(isa, layer.arithmetic);
-  const std::vector<Task> tasks = tasks_of(parts, count);
+  const std::vector<Task> tasks = tasks_of(parts, count, std::max(1, num_threads));
   int64_t size = 0;
   for (const Task& task : tasks) {
     size = std::max(size, layer_scratch_size_avx512(layer, task.rows, task.context));

@@ -16,7 +16,7 @@ enum class LayerArithmetic : int {
   kFloat32 = 0,
   // What changes against states of the base that are known exactly: only the difference of a projection's
   // input is multiplied, rounded to bfloat16, and added to the base's output,
-  //   y' = y_base + W (x' - x_base) + (W' - W) x_base.
+  //   y' = y_base + W' (x' - x_base) + (W' - W) x_base.
   // All that is not a product is float32. States that enter and leave are differences of the base's.
   kChange = 1,
   // As a model in bfloat16 computes: products sum in float32, and every result is rounded where Hugging Face
@@ -68,11 +68,11 @@ struct LayerStates {
 struct SequencePart {
   int64_t first, count;
   int64_t first_output;  // only positions from this one on are wanted: of earlier ones, keys and values alone
-  const float* in;       // [count, hidden]; kChange: the difference, nullptr if there is none
+  const float* in;       // [count, hidden]; kChange: the difference, nullptr in all parts if there is none
   float* out;            // [count, hidden]; kChange: the difference
   float* kv;         // [first + count, 2 * kv_heads * head_dim]: of all positions so far; these are written
   LayerStates base;  // at `first`; whatever `start` skips must be there, for kChange everything
-  LayerStates keep;  // what to keep, not for kChange
+  LayerStates keep;  // where to keep what is computed (so not `in`), not for kChange
 };
 
 void decoder_layer(CpuIsa isa, const DecoderLayer& layer, const SequencePart* parts, int64_t count,
