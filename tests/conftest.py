@@ -54,6 +54,14 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def cuda() -> torch.device:
+    """The GPU; where there is none, a test that asks for it is skipped."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
 def llama() -> transformers.PreTrainedModel:
     return tiny.model_of("llama")
 

@@ -51,7 +51,8 @@ def default(operation: str, device_type: str) -> tuple[str, str]:
             return "cpu", f"native kernels, {native.cpu_isa()}"
         return "reference", reason
     if device_type == "cuda" and operation in CUDA_OPERATIONS:
-        return "reference", "the CUDA kernel is used only when asked for: it has not been measured yet"
+        module, reason = native.load("_cuda")
+        return ("reference", reason) if module is None else ("cuda", "native kernel")
     return "reference", f"no kernel for {device_type} tensors yet: torch operations on the device"
 
 

