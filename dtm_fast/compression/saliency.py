@@ -32,9 +32,17 @@ def keep_mask(saliency: Tensor, sparsity: float) -> Tensor:
     flat = saliency.flatten()
     if dropped == 0:
         return torch.ones_like(saliency, dtype=torch.bool)
-    threshold = flat.kthvalue(dropped).values
+    threshold = _smallest(flat, dropped)
     keep = flat > threshold
     tied = (flat == threshold).nonzero().squeeze(1)
     surplus = dropped - int((flat < threshold).sum())
     keep[tied[surplus:]] = True
     return keep.view_as(saliency)
+
+
+def _smallest(flat: Tensor, count: int) -> Tensor:
+    """The value that stands in place ``count``, from 1, when sorted."""
+    # On a GPU one block of threads searches a vector's k-th value, and all of them sort it.
+    if flat.device.type == "cuda":
+        return flat.sort().values[count - 1]
+    return flat.kthvalue(count).values

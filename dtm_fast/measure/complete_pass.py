@@ -75,7 +75,10 @@ class CompletePass:
         return fused.run(layer, node.treatments, state, fused.exact, everyone, first_output=wanted)
 
     def _columns(self, state: Tensor | State | None, metrics: frozenset[str]) -> Columns:
-        if self._head is not None and metrics <= {"sdt", "dppl"}:
+        # The model's own layers give the base the very states that wrote its text: the model's own head then writes it
+        # again, where another order of sums might break a tie otherwise.
+        wrote = state is None and self._fused is None
+        if self._head is not None and metrics <= {"sdt", "dppl"} and not wrote:
             return self._without_logits(self._head, self._head_input(state), "dppl" in metrics)
         if state is None:
             state = self._model_layers.base(self._depth)

@@ -17,7 +17,7 @@ from dtm_fast.measure.complete_pass import Columns, CompletePass
 from dtm_fast.measure.first_pass import FirstPass, Results
 from dtm_fast.measure.floor import Floor, self_divergence
 from dtm_fast.measure.fused_layers import FusedLayers, checked_parts
-from dtm_fast.measure.head import Head
+from dtm_fast.measure.head import Head, can_prove
 from dtm_fast.measure.measurement import Measurement
 from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.probes import Probes
@@ -34,8 +34,8 @@ class Evaluator:
     Args:
         model: the model whose components the configurations name, in eval mode; not to be changed any more.
         probes: made by this model.
-        memory: bytes that the base's states may take in memory, by default half of what is free. Less makes it
-            slower, and what cannot be left out goes to a file (TMPDIR).
+        memory: bytes that the base's states may take in the memory of the model's device, by default half of what is
+            free. Less makes it slower, and what cannot be left out goes to a file (TMPDIR).
         layers: ``"fused"`` for this package's kernels, ``"transformers"`` for the model's own layers, ``"auto"`` for
             the kernels where they can run.
 
@@ -56,7 +56,7 @@ class Evaluator:
         self.probes = probes
         self.decoder = Decoder.of(model)
         parts, why_not = self._fused_parts(layers)
-        memory = _free_memory() // 2 if memory is None else memory
+        memory = _free_memory(model.device) // 2 if memory is None else memory
         store = TensorStore(memory)
         self._model_layers = ModelLayers(self.decoder, probes, store, all_states=parts is None)
         self._fused: FusedLayers | None = None
@@ -65,7 +65,8 @@ class Evaluator:
         if parts is not None:
             self._fused = FusedLayers(parts, self._model_layers, store, memory)
             self.engine = f"fused layers, {self._fused.arithmetic.name.lower()}"
-        self._head = self._head_of_base() if self._model_layers.plain_head else None
+        provable = self._model_layers.plain_head and can_prove(model.get_output_embeddings().weight)
+        self._head = self._head_of_base() if provable else None
         self._complete = CompletePass(self._model_layers, self._fused, self._head)
         self._first: FirstPass | None = None
         if self._fused is not None and self._head is not None:
@@ -235,8 +236,12 @@ def _raise_if_any(failed: list[str]) -> None:
         raise MeasurementError(failed[0] + more)
 
 
-def _free_memory() -> int:
-    """Bytes that the system could give without swapping."""
+def _free_memory(device: torch.device) -> int:
+    """Bytes that a GPU, or else the system without swapping, could give."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has taken and does not use now, it uses before it takes more.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -14,7 +14,7 @@ from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.model import Decoder
 from dtm_fast.model.gated_decoder import LayerParts, parts_of
-from dtm_fast.model.stepping import record
+from dtm_fast.model.stepping import has_plain_head, record
 from dtm_fast.ops import native
 from dtm_fast.ops.decoder_layer import (
     Arithmetic,
@@ -28,6 +28,9 @@ from dtm_fast.ops.decoder_layer import (
 
 # How far a layer may be from transformers' own, in units of what the layer adds to its input.
 _DEVIATION = {Arithmetic.FLOAT32: 2e-5, Arithmetic.BFLOAT16: 0.05}
+
+# Layers for exact arithmetic beside those for the fastest are a second copy of the model: bytes up to which it is kept.
+_SECOND_COPY = 512 * 2**20
 
 
 class FusedLayers:
@@ -61,6 +64,8 @@ class FusedLayers:
         self.exact = _exact(self.decoder)
         self.has_change = self.exact == Arithmetic.FLOAT32 and has_arithmetic(Arithmetic.CHANGE)
         self._parts = parts
+        weights = [module.weight for each in parts for _, module in each.projections]
+        self._keeps_second_copy = 4 * sum(weight.numel() for weight in weights) <= _SECOND_COPY
         self._model_layers = model_layers
         self._store = store
         self._packed: dict[tuple[int, Arithmetic], DecoderLayer] = {}
@@ -174,8 +179,7 @@ class FusedLayers:
     def _layer(self, layer: int, arithmetic: Arithmetic) -> DecoderLayer:
         key = (layer, arithmetic)
         if key not in self._packed:
-            if self.has_change and arithmetic == self.exact:
-                # Used for a few probes at a time, layer after layer: kept until the next.
+            if self.has_change and arithmetic == self.exact and not self._keeps_second_copy:
                 self._packed = {k: v for k, v in self._packed.items() if k[1] != arithmetic}
             self._packed[key] = _packed(self._parts[layer], arithmetic)
         return self._packed[key]
@@ -230,15 +234,20 @@ def checked_parts(decoder: Decoder, tokens: Tensor) -> list[LayerParts]:
         ModelError: the layers are not of this kind, or do not compute what transformers' do, or no kernel can run;
             the message says why.
     """
+    device, dtype = decoder.model.device, decoder.model.dtype
+    if device.type != "cpu":
+        raise ModelError(f"the model is on {device}, and the fused kernels are for the CPU")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ModelError(f"the model is in {dtype}, and the fused kernels are for float32 and bfloat16")
     cpu, reason = native.load("_cpu")
     if cpu is None:
         raise ModelError(reason)
-    if next(decoder.model.parameters()).device.type != "cpu":
-        raise ModelError("the fused kernels are for the CPU")
     arithmetic = _exact(decoder)
     if not has_arithmetic(arithmetic):
         raise ModelError(f"{native.cpu_isa()} has no kernel for layers in {arithmetic.name.lower()}")
     calls, states = record(decoder, tokens)
+    if not has_plain_head(decoder.model, calls, tokens, states[-1]):
+        raise ModelError("the model's logits are more than a product with one weight")
     found: list[LayerParts] = []
     for layer, (call, before, after) in enumerate(zip(calls, states[:-1], states[1:], strict=True)):
         parts = parts_of(call, cpu.MOST_HEAD_DIM)

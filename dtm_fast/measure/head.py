@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dtm_fast import ops
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.forward import lead
 from dtm_fast.ops import native
+from dtm_fast.ops.certificate import product_dtype
 from dtm_fast.ops.certificate_threats import count_threats
 from dtm_fast.ops.masked_linear import masked_linear
 
@@ -36,11 +38,11 @@ class Decisions:
 class Head:
     """The head of a model whose logits are a product with one weight and nothing else.
 
-    Decides by proofs where hidden states are near the base's, and by exact logits elsewhere. A decision and its lead
-    depend on their own hidden state alone, to the bit.
+    Decides by proofs where hidden states are near the base's, and by exact logits elsewhere. On the CPU a decision and
+    its lead depend on their own hidden state alone, to the bit; a GPU's products round by their shape.
 
     Args:
-        weight: [V, D].
+        weight: [V, D], for which ``can_prove``.
         hidden: [P, N, D], what the base multiplies by it to predict each completion token.
         reference: int64 [P, N], the completions.
     """
@@ -141,6 +143,14 @@ class Head:
             certain[rows] = sure | (reach[rows] == 0)
 
 
+def can_prove(weight: Tensor) -> bool:
+    """Whether proofs speak of the logits that torch computes with this head."""
+    if weight.dtype == torch.float32 and weight.device.type != "cpu":
+        # torch may be set to round the factors to TF32; on the CPU our own product is not concerned.
+        return product_dtype() == torch.float32
+    return weight.dtype in (torch.float32, torch.bfloat16)
+
+
 def check_finite(hidden: Tensor) -> None:
     """Raises MeasurementError unless all of ``hidden`` is finite."""
     # A finite sum proves all values finite; an overflowing one proves nothing, so then look at each.
@@ -154,6 +164,8 @@ def _native() -> bool:
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """``F.linear``, on the CPU in an order of sums that no row's neighbours change."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight)
     everything = torch.full((len(weight), -(-weight.shape[1] // 8)), 255, dtype=torch.uint8, device=x.device)
     if weight.shape[1] % 8:
         everything[:, -1] = 2 ** (weight.shape[1] % 8) - 1

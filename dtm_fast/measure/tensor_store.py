@@ -1,6 +1,5 @@
-"""Tensors that are read many times: in memory up to a bound, beyond it in a file that the system pages in and out."""
+"""Tensors that are read many times: left where they are up to a bound, beyond it in a file that the system pages."""
 
-import mmap
 import os
 import tempfile
 from collections.abc import Hashable
@@ -15,7 +14,8 @@ from dtm_fast.errors import MeasurementError
 class TensorStore:
     """Keeps tensors by key. What does not fit into memory goes to a temporary file and is mapped from there.
 
-    The file has no name, so that nothing is left of it however the process ends.
+    Memory is that of the device on which a tensor is. The file has no name, so that nothing is left of it however the
+    process ends.
 
     Args:
         bound: bytes to keep in memory at most; None for no bound.
@@ -26,7 +26,7 @@ class TensorStore:
         """Holds nothing yet."""
         self._bound = bound
         self._folder = folder
-        self._known: dict[Hashable, Tensor] = {}
+        self._known: dict[Hashable, tuple[Tensor, torch.device]] = {}
         self.in_memory = 0
         """Bytes kept in memory."""
         self.spilled = 0
@@ -37,23 +37,25 @@ class TensorStore:
         return key in self._known
 
     def __getitem__(self, key: Hashable) -> Tensor:
-        """The tensor kept under this key, which must not be written to."""
-        return self._known[key]
+        """The tensor kept under this key, on the device from which it came; it must not be written to."""
+        kept, device = self._known[key]
+        return kept.to(device)
 
     def put(self, key: Hashable, value: Tensor) -> Tensor:
-        """Keeps ``value`` (itself, or where it is spilled a copy) and returns what is kept.
+        """Keeps ``value`` (itself, or where it is spilled a copy on the CPU) and returns what is kept.
 
         Raises:
             MeasurementError: the disk has no room for what memory does not hold.
         """
         size = value.numel() * value.element_size()
-        if self._bound is None or self.in_memory + size <= self._bound or value.device.type != "cpu":
+        if self._bound is None or self.in_memory + size <= self._bound:
+            kept = value
             self.in_memory += size
-            self._known[key] = value
         else:
-            self._known[key] = self._mapped(value.contiguous(), size)
+            kept = self._mapped(value.contiguous(), size)
             self.spilled += size
-        return self._known[key]
+        self._known[key] = kept, value.device
+        return kept
 
     def _mapped(self, value: Tensor, size: int) -> Tensor:
         if size == 0:
@@ -62,12 +64,13 @@ class TensorStore:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 # Room is taken now: writing to a mapped page that finds none later would kill the process.
                 os.posix_fallocate(file.fileno(), 0, size)
-                pages = mmap.mmap(file.fileno(), size)
+                # mmap.mmap would keep a descriptor open for each tensor, of which there may be thousands.
+                name = f"/proc/self/fd/{file.fileno()}"
+                pages = torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
         except OSError as error:
             where = self._folder or tempfile.gettempdir()
             raise MeasurementError(
                 f"{where}: no room for {size / 2**20:.0f} MiB of the base's states: {error.strerror}; more memory "
                 "(--memory) or another folder (TMPDIR) would do"
             ) from error
-        kept = torch.frombuffer(pages, dtype=torch.uint8).view(value.dtype).view(value.shape)
-        return kept.copy_(value)
+        return pages.view(value.dtype).view(value.shape).copy_(value)

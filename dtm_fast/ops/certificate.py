@@ -154,7 +154,7 @@ def _version(lm_head: torch.Tensor) -> int | None:
     return None if lm_head.is_inference() else lm_head._version
 
 
-def _product_dtype() -> torch.dtype:
+def product_dtype() -> torch.dtype:
     """The dtype in which torch multiplies matrices with float32's error or less.
 
     It may be set to compute float32 products in bfloat16 or TF32, of which the bounds know nothing.
@@ -171,7 +171,7 @@ def _nearest(
     hidden: torch.Tensor, lm_head: torch.Tensor, norm: torch.Tensor, kept: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """top [P], nearest [P, kept] and radius [P, kept + 1] of hidden [P, D]; norm [V] is above ‖w_v‖."""
-    dtype = _product_dtype()
+    dtype = product_dtype()
     x = hidden.to(dtype)
     starts = range(0, lm_head.shape[0], _TILE)
     z_top, top = (x @ lm_head[:_TILE].to(dtype).T).max(1)

@@ -13,6 +13,7 @@ from dtm_fast.measure.fused_layers import checked_parts
 from dtm_fast.measure.prefix_tree import tree_of
 from dtm_fast.measure.racing import fdt75, name_of
 from dtm_fast.model import Decoder, model_identity
+from dtm_fast.ops import native
 from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
 
 UP = "model.layers.1.mlp.up_proj"
@@ -265,9 +266,43 @@ def test_a_prefix_of_one_token_has_no_perplexity(llama, make_probes, layers):
 def test_it_says_why_layers_are_not_fused(make_probes):
     model = tiny.model_of("gpt2")
     probes = make_probes(model, 2)
-    assert "GPT2Block is no layer that the fused kernel knows" in dtm.Evaluator(model, probes).engine
-    with pytest.raises(ModelError, match="GPT2Block"):
+    reason = "GPT2Block is no layer that the fused kernel knows"
+    if not has_arithmetic(Arithmetic.FLOAT32):
+        reason = f"{native.cpu_isa()} has no kernel for layers in float32"
+    assert reason in dtm.Evaluator(model, probes).engine
+    with pytest.raises(ModelError, match=reason):
         dtm.Evaluator(model, probes, layers="fused")
+
+
+def test_a_model_in_float16_is_measured_by_its_own_layers(llama, make_probes, draw_configuration):
+    model = llama.half()
+    probes = make_probes(model, 4)
+    evaluator = dtm.Evaluator(model, probes)
+    assert (
+        "the model is in torch.float16, and the fused kernels are for float32 and bfloat16"
+        in evaluator.engine
+    )
+    configurations = [{}, *some(dtm.components(model), draw_configuration, 6)]
+    expected = dtm.ReferenceEvaluator(model, probes).measure(configurations, ())
+    for ours, other in zip(evaluator.measure(configurations), expected, strict=True):
+        assert_same(ours, other)
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_logits_that_are_more_than_a_product_are_those_of_the_model(llama, make_probes, draw_configuration):
+    llama.lm_head.__class__ = Doubled
+    probes = make_probes(llama, 4)
+    if has_arithmetic(Arithmetic.FLOAT32):
+        with pytest.raises(ModelError, match="logits are more than a product"):
+            dtm.Evaluator(llama, probes, layers="fused")
+    configurations = [{}, *some(dtm.components(llama), draw_configuration, 6)]
+    expected = dtm.ReferenceEvaluator(llama, probes).measure(configurations, ())
+    for ours, other in zip(dtm.Evaluator(llama, probes).measure(configurations), expected, strict=True):
+        assert_same(ours, other)
 
 
 @needs_kernels
