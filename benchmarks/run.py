@@ -25,6 +25,7 @@ from benchmarks import (
 )
 from benchmarks.case import OURS, SHORT_DTYPE, Case, Result, checked
 from benchmarks.disturbance import Disturbance, wait_until_quiet
+from benchmarks.evaluator import page as evaluator_page
 from benchmarks.goals import Verdict, judge, judge_mean
 from benchmarks.interleave import measure
 from benchmarks.limits import Limits, Probe
@@ -167,7 +168,9 @@ def main(given: Sequence[str] | None = None) -> int:
     text = table.page(report, name)
     print(text)
     if options.write_docs or (whole and not options.quick):
-        (DOCS / "performance.md").write_text(text)
+        page = DOCS / "performance.md"
+        known = evaluator_page.section_of(page.read_text()) if page.exists() else ""
+        page.write_text(f"{text}\n{known}" if known else text)
         figures.roofline(report, DOCS / "performance-roofline.png")
         figures.bars(report, DOCS / "performance-bars.png")
     return 1 if any(OURS in each.wrong for each in results) else 0
