@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -138,7 +138,15 @@ class Evaluator:
         """
         return (measurement for _, measurement in self._measured(list(configurations), metrics))
 
-    def best(self, configurations: Iterable[Configuration], k: int, *, error: float = 0.0) -> Race:
+    def best(
+        self,
+        configurations: Iterable[Configuration],
+        k: int,
+        *,
+        error: float = 0.0,
+        known: Sequence[Measurement | Dropped] = (),
+        on_finished: Callable[[Measurement | Dropped], None] = lambda result: None,
+    ) -> Race:
         """The k configurations of the largest FDT_75; the others are dropped as soon as they cannot win.
 
         Equals ``sorted(self.measure(configurations, ()), key=lambda m: (-fdt75(m.fdt), name_of(m.configuration)))[:k]``
@@ -149,6 +157,9 @@ class Evaluator:
             k: how many are wanted, at least 1.
             error: the probability with which one of the best may be dropped because too few of its probes, taken at
                 random, are good.
+            known: what earlier races on these probes found of some of the configurations: who was measured is not
+                measured again, and who was dropped is read only where the old bound does not suffice.
+            on_finished: called with each other configuration's result before the next is read.
 
         Raises:
             ValueError: k or error is out of range, or there are no fused layers (``engine`` says why), without which
@@ -159,11 +170,15 @@ class Evaluator:
             raise ValueError(f"k must be at least 1 and error in [0, 1), not {k} and {error}")
         if self._first is None:
             raise ValueError(f"a race needs the fused layers; here run {self.engine}")
-        wanted = list({name_of(each): each for each in configurations}.values())
-        for configuration in wanted:
+        candidates = {name_of(each): each for each in configurations}
+        for configuration in candidates.values():
             check_configuration(self.decoder, configuration)
-        contest = Contest(k, self.probes.margins, error)
-        measured: list[Measurement] = []
+        known = [each for each in known if name_of(each.configuration) in candidates]
+        contest = Contest(k, self.probes.margins, error, known)
+        measured = [each for each in known if isinstance(each, Measurement)]
+        for each in measured:
+            del candidates[name_of(each.configuration)]
+        wanted = list(candidates.values())
         dropped: list[Dropped] = []
         failed: list[str] = []
         clock = time.perf_counter()
@@ -173,10 +188,15 @@ class Evaluator:
             seconds, clock = now - clock, now
             if isinstance(result, MeasurementError):
                 failed.append(f"{describe(configuration)}: {result}")
-            elif isinstance(result, Dropped):
+                continue
+            if isinstance(result, Dropped):
                 dropped.append(result)
-            else:
-                measured.append(_measurement(configuration, self.probes.completion, result, seconds))
+                on_finished(result)
+                continue
+            measured.append(_measurement(configuration, self.probes.completion, result, seconds))
+            if measured[-1].sdt is not None:  # the base, by a complete pass
+                measured[-1] = replace(measured[-1], sdt=None)
+            on_finished(measured[-1])
         _raise_if_any(failed)
         measured.sort(key=lambda each: (-fdt75(each.fdt), name_of(each.configuration)))
         for each in measured[k:]:

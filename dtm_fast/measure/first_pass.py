@@ -86,13 +86,15 @@ class FirstPass:
         root = tree_of(self._fused.decoder, configurations)
         for node, state in walk(root, None, advance, stop_at_chains=True):
             chain = node.chain()
-            indices = (chain[-1] if chain else node).ends
+            indices = chain[-1].ends
             steps = [(each.layer - 1, each.treatments) for each in chain if not each.is_base]
             configuration = configurations[indices[0]]
-            if contest is not None and contest.cannot_win(configuration, self._completion):
-                unread = FirstDivergence.unknown(self._fused.count, self._completion)
-                yield indices, Dropped(configuration, self._completion, unread.seen, proved=True)
-                continue
+            if contest is not None:
+                highest = contest.highest(configuration)
+                if contest.cannot_win(configuration, highest):
+                    unread = FirstDivergence.unknown(self._fused.count, self._completion)
+                    yield indices, Dropped(configuration, highest, unread.seen, proved=True)
+                    continue
             by_layer = layers_of(self._fused.decoder, configuration)
             differing = self._fused.depth - min(by_layer)
             error = error_of(arithmetic, differing, self._fused.shape.hidden)

@@ -38,8 +38,8 @@ class Node:
         return (node for node in _top_down(self) if not node.is_base and node is not self)
 
     def chain(self) -> list[Node]:
-        """The nodes below one that has a single leaf, down to it."""
-        found = []
+        """A node that has a single leaf, and those below, down to it."""
+        found = [self]
         node = self
         while node.children:
             (node,) = node.children.values()
@@ -87,15 +87,22 @@ def walk(
         node: where to begin.
         state: there; None is the base's, which is never computed.
         advance: the state of a node from that of its parent.
-        stop_at_chains: hand over the node from which on no other configuration takes part, instead of the leaf.
+        stop_at_chains: hand over the first node in which no other configuration takes part, with the state of its
+            parent, instead of the leaf: what is left is a ``chain`` of its own.
     """
     if not node.children and not node.ends:
         return  # the tree of no configurations
-    while node.children and not (stop_at_chains and node.size == 1):
+    while node.children:
         # The child with the most leaves comes last: its parent's state is not needed any more.
         *others, largest = sorted(node.children.values(), key=lambda child: child.size)
         for child in others:
-            yield from walk(child, _next(child, state, advance), advance, stop_at_chains=stop_at_chains)
+            if stop_at_chains and child.size == 1:
+                yield child, state
+            else:
+                yield from walk(child, _next(child, state, advance), advance, stop_at_chains=stop_at_chains)
+        if stop_at_chains and largest.size == 1:
+            yield largest, state
+            return
         state = _next(largest, state, advance)
         node = largest
     yield node, state

@@ -2,14 +2,15 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration
+from dtm_fast.compression import Configuration, configuration_from_json, configuration_to_json
 from dtm_fast.measure.first_divergence import FirstDivergence
 from dtm_fast.measure.measurement import Measurement
 
@@ -32,6 +33,25 @@ class Dropped:
     highest: float
     seen: Tensor
     proved: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers; what a journal keeps."""
+        return {
+            "configuration": configuration_to_json(self.configuration),
+            "highest": self.highest,
+            "seen": self.seen.tolist(),
+            "proved": self.proved,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Dropped":
+        """The inverse of ``to_json``."""
+        return cls(
+            configuration=configuration_from_json(stored["configuration"]),
+            highest=stored["highest"],
+            seen=torch.tensor(stored["seen"], dtype=torch.int64),
+            proved=stored["proved"],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +85,17 @@ class Contest:
         margins: float32 [P, N], of the probes: those of the smallest are read first, for they diverge soonest.
         error: the probability with which a configuration of the k best may be dropped for having too few good probes
             among those that were read; 0 for proofs alone.
+        known: what earlier races found on the same probes.
     """
 
-    def __init__(self, k: int, margins: Tensor, error: float = 0.0) -> None:
-        """Nobody is measured yet."""
+    def __init__(
+        self, k: int, margins: Tensor, error: float = 0.0, known: "Iterable[Measurement | Dropped]" = ()
+    ) -> None:
+        """Nobody is measured but who is known."""
         self._k = k
         self._error = error
         self._best: list[tuple[float, Name]] = []
+        self._bounds: dict[Name, float] = {}
         probes, self._completion = margins.shape
         # A percentile is settled as low once more than three quarters of the probes are: the rest may wait.
         first = min(probes, math.floor(0.75 * (probes - 1)) + 2)
@@ -84,6 +108,15 @@ class Contest:
         self.groups: Sequence[Sequence[int]] = [
             order[begin:end] for begin, end in zip([0, *cuts[:-1]], cuts, strict=True)
         ]
+        for each in known:
+            if isinstance(each, Measurement):
+                self.take(each.configuration, each.fdt)
+            elif each.proved:
+                self._bounds[name_of(each.configuration)] = each.highest
+
+    def highest(self, configuration: Configuration) -> float:
+        """The FDT_75 that a configuration can have at most, before it is read."""
+        return self._bounds.get(name_of(configuration), float(self._completion))
 
     def cannot_win(self, configuration: Configuration, highest: float) -> bool:
         """Whether a configuration whose FDT_75 is at most this is not among the best."""

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from dtm_fast.compression import Configuration, configuration_identity
+from dtm_fast.measure import Evaluator as FastEvaluator
 from dtm_fast.measure import Floor, Measurement, Probes
+from dtm_fast.measure.racing import Dropped, Race
 from dtm_fast.model import Decoder
 from dtm_fast.runs import Journal
 
@@ -73,3 +75,31 @@ class RecordedEvaluator:
             found[identity] = measurement
             self._on_finished(measurement, False)
         return [found[identity] for identity in identities]
+
+    def best(self, configurations: Iterable[Configuration], k: int, *, error: float = 0.0) -> Race:
+        """As ``Evaluator.best``; who is measured or dropped is committed as soon as that is known.
+
+        Raises:
+            ValueError: as ``Evaluator.best``, or the evaluator is another.
+        """
+        if not isinstance(self.evaluator, FastEvaluator):
+            raise ValueError(f"a race needs dtm_fast.Evaluator, not {type(self.evaluator).__name__}")
+        wanted = list(configurations)
+        known: list[Measurement | Dropped] = []
+        for identity in {configuration_identity(configuration): None for configuration in wanted}:
+            if (stored := self._journal.find(identity, [])) is not None:
+                measurement = Measurement.from_json(stored)
+                known.append(measurement)
+                self._on_finished(measurement, True)
+            elif (bound := self._journal.bound(identity)) is not None:
+                known.append(Dropped.from_json(bound))
+
+        def commit(result: Measurement | Dropped) -> None:
+            identity = configuration_identity(result.configuration)
+            if isinstance(result, Measurement):
+                self._journal.add(identity, [], result.to_json())
+                self._on_finished(result, False)
+            elif result.proved or self._journal.bound(identity) is None:
+                self._journal.add_bound(identity, result.to_json())
+
+        return self.evaluator.best(wanted, k, error=error, known=known, on_finished=commit)

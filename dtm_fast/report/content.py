@@ -145,7 +145,8 @@ def read_content(directory: RunDirectory) -> Content:
     Raises:
         RunError: if nothing was measured yet, or run.json or plan.json is not what it should be.
     """
-    rows = [Measurement.from_json(row) for row in directory.journal]
+    # A race measures FDT alone, and not of all: its rows are not among those of a sweep.
+    rows = [Measurement.from_json(row) for row in directory.journal if "sdt" in row]
     stored = directory.read_json("run.json")
     if stored is None:
         raise RunError(f"{directory.path}: nothing to report: there is no run.json")

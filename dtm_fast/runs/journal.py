@@ -13,7 +13,7 @@ from typing import Any
 
 from dtm_fast.errors import RunError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -24,6 +24,12 @@ _SCHEMA = (
         finished REAL NOT NULL,       -- seconds since 1970
         checksum TEXT NOT NULL,       -- SHA-256 of the three texts: SQLite notices no damage inside a text
         PRIMARY KEY (configuration, metrics)
+    )""",
+    """CREATE TABLE bounds (
+        configuration TEXT PRIMARY KEY,  -- SHA-256 of a configuration that a race dropped
+        bound TEXT NOT NULL,             -- JSON of what is known of it
+        finished REAL NOT NULL,          -- as above
+        checksum TEXT NOT NULL           -- SHA-256 of the two texts
     )""",
 )
 
@@ -116,6 +122,26 @@ class Journal:
                 return found
         return None
 
+    def add_bound(self, configuration: str, bound: dict[str, Any]) -> None:
+        """Commits what is known of a configuration that was not measured to its end; in place of what was known.
+
+        Raises:
+            RunError: as ``add``.
+        """
+        texts = (configuration, json.dumps(bound))
+        with _errors(self.path):
+            self._connection.execute(
+                "INSERT OR REPLACE INTO bounds VALUES (?, ?, ?, ?)", (*texts, time.time(), _checksum(*texts))
+            )
+
+    def bound(self, configuration: str) -> dict[str, Any] | None:
+        """What ``add_bound`` was given last for this configuration."""
+        with _errors(self.path):
+            found = self._connection.execute(
+                "SELECT bound FROM bounds WHERE configuration = ?", (configuration,)
+            ).fetchone()
+        return None if found is None else json.loads(found[0])
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All measurements in the order in which they were finished."""
         with _errors(self.path):
@@ -157,9 +183,13 @@ def _check_sound(connection: sqlite3.Connection) -> None:
     found = connection.execute("PRAGMA integrity_check").fetchone()[0]
     if found != "ok":
         raise sqlite3.DatabaseError(f"malformed: {found}")
-    rows = connection.execute("SELECT configuration, metrics, measured, checksum FROM measurements")
-    if any(_checksum(*texts) != checksum for *texts, checksum in rows):
-        raise sqlite3.DatabaseError("malformed: a measurement is not as it was written")
+    for columns in (
+        "configuration, metrics, measured, checksum FROM measurements",
+        "configuration, bound, checksum FROM bounds",
+    ):
+        rows = connection.execute(f"SELECT {columns}")
+        if any(_checksum(*texts) != checksum for *texts, checksum in rows):
+            raise sqlite3.DatabaseError("malformed: a measurement is not as it was written")
 
 
 def _checksum(*texts: str) -> str:

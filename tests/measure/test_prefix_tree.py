@@ -117,18 +117,19 @@ def test_chains_are_handed_over_as_soon_as_no_other_configuration_takes_part(cas
     different = {as_one(each): states_of(each, depth) for each in configurations}.values()
     sharing = Counter(state for states in different for state in states)
     for node, state in found:
-        last = [node, *node.chain()][-1]
-        assert [each.layer for each in node.chain()] == list(range(node.layer + 1, depth + 1))
-        expected = states_of(configurations[last.ends[0]], depth)
-        assert (state is None) == node.is_base
-        assert state is None or state == expected[node.layer]
+        chain = node.chain()
+        assert [each.layer for each in chain] == list(range(node.layer, depth + 1))
+        expected = states_of(configurations[chain[-1].ends[0]], depth)
+        before = expected[node.layer - 1]
+        assert (state is None) == is_base(before)
+        assert state is None or state == before
         assert sharing[expected[node.layer]] == 1
-        assert node.layer == 0 or sharing[expected[node.layer - 1]] > 1
-        for each in node.chain():
+        assert node.layer == 1 or sharing[before] > 1
+        for each in chain:
             state = None if each.is_base else advance_in_words(each, state)
         assert state is None or state == expected[-1]
-    # Computed are the edges that leave a node in which several take part.
-    edges = {s for states in different for s in states[1:] if not is_base(s) and sharing[s[:-1]] > 1}
+    # Computed is what several share.
+    edges = {s for states in different for s in states[1:] if not is_base(s) and sharing[s] > 1}
     assert Counter(computed) == dict.fromkeys(edges, 1)
 
 
@@ -136,7 +137,7 @@ def test_chains_are_handed_over_as_soon_as_no_other_configuration_takes_part(cas
 def test_every_configuration_is_handed_over_in_either_way(case):
     depth, configurations = case
     found, _ = walked(depth, configurations, stop_at_chains=True)
-    ends = [i for node, _ in found for i in [node, *node.chain()][-1].ends]
+    ends = [i for node, _ in found for i in node.chain()[-1].ends]
     assert sorted(ends) == list(range(len(configurations)))
 
 
@@ -150,9 +151,9 @@ def test_the_base_is_a_leaf_of_which_nothing_is_computed():
     assert (leaf.ends, leaf.is_base, state, computed) == ([0, 1], True, None, [])
 
 
-def test_a_single_configuration_is_handed_over_at_the_root():
+def test_a_single_configuration_is_handed_over_whole():
     ((node, state),), computed = walked(4, [{"2.q": Named("a")}], stop_at_chains=True)
-    assert (node.layer, state, computed) == (0, None, [])
+    assert (node.layer, state, computed) == (1, None, [])
     assert [each.is_base for each in node.chain()] == [True, True, False, False]
 
 
@@ -166,7 +167,7 @@ def test_a_node_knows_what_is_done_in_the_layer_that_leads_to_it():
     configuration = {"1.q": Named("a"), "1.v": Named("b"), "3.q": Named("a")}
     root = tree_of(decoder_of(4), [configuration])
     assert (root.treatments, root.layer, root.is_base) == ({}, 0, True)
-    assert [each.treatments for each in root.chain()] == [
+    assert [each.treatments for each in root.chain()[1:]] == [
         {},
         {"1.q": Named("a"), "1.v": Named("b")},
         {},
@@ -232,8 +233,8 @@ def test_a_model_may_have_more_layers_than_python_has_levels(stop_at_chains):
     seen = []
     for node, state in walk(root, None, advance, stop_at_chains=stop_at_chains):
         chain = node.chain()
-        (index,) = (chain[-1] if chain else node).ends
-        for each in chain:
+        (index,) = chain[-1].ends
+        for each in chain if stop_at_chains else []:
             state = None if each.is_base else advance(each, state)
         seen.append(index)
         # From its first treated layer on, each layer has run once.

@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dtm_fast as dtm
+from dtm_fast.measure import Measurement
 from dtm_fast.measure.first_divergence import FirstDivergence
-from dtm_fast.measure.racing import Contest, fdt75, name_of
+from dtm_fast.measure.racing import Contest, Dropped, fdt75, name_of
 
 N = 20
 
@@ -119,3 +121,23 @@ def test_statistics_drop_a_bad_one_early():
     assert not judge.goes_on(FirstDivergence(N, fdt, torch.zeros(16), seen))
     assert judge.lost is not None
     assert not judge.lost.proved
+
+
+def test_who_is_known_is_in_the_contest():
+    best = Measurement.of_first(named("a"), N, torch.full((4,), 15), torch.zeros(4), 0.1)
+    low = Dropped(named("b"), 12.0, torch.zeros(4, dtype=torch.int64), proved=True)
+    guess = Dropped(named("c"), 12.0, torch.zeros(4, dtype=torch.int64), proved=False)
+    contest = Contest(1, margins(4), known=[best, low, guess])
+    assert [contest.highest(named(name)) for name in "abcd"] == [N, 12, N, N]
+    assert [contest.cannot_win(named(name), contest.highest(named(name))) for name in "bcd"] == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_dropped_configuration_goes_through_json():
+    dropped = Dropped(named("b") | {"c": dtm.Prune(0.25)}, 12.5, torch.tensor([3, 0]), proved=True)
+    again = Dropped.from_json(json.loads(json.dumps(dropped.to_json())))
+    assert again.to_json() == dropped.to_json()
+    assert again.configuration == dropped.configuration

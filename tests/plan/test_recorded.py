@@ -1,7 +1,10 @@
 import pytest
 from made_up import MadeUpEvaluator, int8
 
+import dtm_fast as dtm
 from dtm_fast.compression import configuration_identity
+from dtm_fast.measure.racing import fdt75
+from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
 from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.runs import Journal
 
@@ -88,3 +91,68 @@ def test_an_evaluator_may_measure_in_its_own_order(journal, evaluator):
 def test_the_journal_keeps_it_under_its_identity(journal, evaluator):
     (found,) = RecordedEvaluator(evaluator, journal).measure([A])
     assert journal.find(configuration_identity(A), ["dppl"]) == found.to_json()
+
+
+@pytest.fixture
+def racer(llama, make_probes) -> dtm.Evaluator:
+    if not has_arithmetic(Arithmetic.FLOAT32):
+        pytest.skip("the instruction set in use has no kernel for fused layers")
+    return dtm.Evaluator(llama, make_probes(llama, 9), layers="fused")
+
+
+def halves(evaluator: dtm.Evaluator) -> list[dict]:
+    return [{path: dtm.Prune(0.5)} for path in evaluator.decoder.components]
+
+
+def test_a_race_keeps_everyones_result_and_reads_nobody_again(journal, racer):
+    candidates = halves(racer)
+    race = RecordedEvaluator(racer, journal).best(candidates, 3)
+    measured = set()
+    for each in candidates:
+        identity = configuration_identity(each)
+        stored, bound = journal.find(identity, []), journal.bound(identity)
+        assert (stored is None) != (bound is None)
+        measured |= {identity} if stored is not None else set()
+    assert {configuration_identity(each.configuration) for each in race.best} <= measured
+    before = racer.layer_evaluations
+    again = RecordedEvaluator(racer, journal).best(candidates, 3)
+    assert [each.to_json() for each in again.best] == [each.to_json() for each in race.best]
+    assert len(again.best) + len(again.dropped) == len(candidates)
+    assert racer.layer_evaluations == before
+
+
+def test_a_wider_race_reads_on_where_old_bounds_do_not_suffice(journal, racer):
+    candidates = halves(racer)
+    RecordedEvaluator(racer, journal).best(candidates, 1)
+    wider = RecordedEvaluator(racer, journal).best(candidates, 6)
+    fresh = racer.best(candidates, 6)
+    assert [each.configuration for each in wider.best] == [each.configuration for each in fresh.best]
+    assert [fdt75(each.fdt) for each in wider.best] == [fdt75(each.fdt) for each in fresh.best]
+
+
+def test_a_race_that_is_ended_goes_on_with_what_it_knows(journal, racer):
+    candidates, finished = halves(racer), []
+
+    class EndedError(Exception):
+        pass
+
+    def end_after_two(measurement, known):
+        finished.append(measurement.configuration)
+        if len(finished) == 2:
+            raise EndedError
+
+    with pytest.raises(EndedError):
+        RecordedEvaluator(racer, journal, end_after_two).best(candidates, 3)
+    said = []
+    race = RecordedEvaluator(racer, journal, lambda m, known: said.append((m.configuration, known))).best(
+        candidates, 3
+    )
+    assert [configuration for configuration, known in said if known] == finished
+    assert [each.configuration for each in race.best] == [
+        each.configuration for each in racer.best(candidates, 3).best
+    ]
+
+
+def test_a_race_needs_the_fast_evaluator(journal, evaluator):
+    with pytest.raises(ValueError, match=r"a race needs dtm_fast\.Evaluator, not MadeUpEvaluator"):
+        RecordedEvaluator(evaluator, journal).best([A], 1)

@@ -48,6 +48,34 @@ def test_what_was_added_is_found_again(path):
     journal.close()
 
 
+def test_the_bound_added_last_is_found_and_is_no_measurement(path):
+    journal = Journal.open(path, IDENTITY)
+    journal.add_bound("c", {"highest": 9.5})
+    journal.add_bound("c", {"highest": 7.25})
+    journal.add_bound("d", {"highest": 1})
+    journal.close()
+    journal = Journal.open(path)
+    assert (journal.bound("c"), journal.bound("d"), journal.bound("e")) == (
+        {"highest": 7.25},
+        {"highest": 1},
+        None,
+    )
+    assert (list(journal), len(journal), journal.find("c", [])) == ([], 0, None)
+    journal.close()
+
+
+def test_a_bound_that_is_not_as_it_was_written_is_damage(path):
+    journal = Journal.open(path, IDENTITY)
+    journal.add_bound("c", {"highest": 9.5})
+    journal.close()
+    connection = sqlite3.connect(path)
+    connection.execute("""UPDATE bounds SET bound = '{"highest": 9.6}'""")
+    connection.commit()
+    connection.close()
+    with pytest.raises(RunError, match="the journal is damaged"):
+        Journal.open(path)
+
+
 def test_rows_come_in_the_order_in_which_they_were_finished_whatever_the_clock_says(path, monkeypatch):
     journal = Journal.open(path, IDENTITY)
     for i, clock in enumerate((30.0, 10.0, 20.0)):
@@ -125,12 +153,15 @@ def test_another_schema_version_is_refused_and_nothing_is_touched(written, versi
     connection.commit()
     connection.close()
     before = written.read_bytes()
-    with pytest.raises(RunError, match=rf"written with schema version {version}, this dtm_fast reads 1"):
+    with pytest.raises(
+        RunError, match=rf"written with schema version {version}, this dtm_fast reads {SCHEMA_VERSION}"
+    ):
         Journal.open(written, IDENTITY)
     assert written.read_bytes() == before
     assert not list(written.parent.glob("*damaged*"))
 
 
+VERSION = b"schema_version%d" % SCHEMA_VERSION
 DAMAGES = {
     "header": lambda b: b"this is no SQLite" + b[17:],
     "all": lambda b: b"garbage" * 999,
@@ -141,8 +172,8 @@ DAMAGES = {
     "the tables page": lambda b: b[:100] + bytes(3000) + b[3100:],
     "a digit inside a measurement": lambda b: b.replace(b"[7, 7, 7,", b"[7, 8, 7,", 1),
     "a letter that is none": lambda b: b.replace(b"[7, 7, 7,", b"[7, \xff, 7,", 1),
-    "the version": lambda b: b.replace(b"schema_version1", b"schema_versionx", 1),
-    "the version's name": lambda b: b.replace(b"schema_version1", b"schema_varsion1", 1),
+    "the version": lambda b: b.replace(VERSION, b"schema_versionx", 1),
+    "the version's name": lambda b: b.replace(VERSION, VERSION.replace(b"e", b"a"), 1),
 }
 
 
