@@ -1,6 +1,6 @@
 """From the last hidden states to decisions: which positions diverge, how surely, and by how much."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from dtm_fast.ops.masked_linear import masked_linear
 
 _RIVALS = 16  # tokens of the largest logits whose distance to a decision is looked at
 _ROWS = 256  # positions whose logits of the whole vocabulary are held at a time
+_GROUP = 32  # of these, so many are decided among the same few tokens
+_WORTHWHILE = 0.25  # with more of the vocabulary than this, all of it is as cheap
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +28,7 @@ class Decisions:
     Attributes:
         mismatch: bool [R, C]: another token than the base wrote.
         certain: bool [R, C]: the hidden states' error cannot have decided that.
-        lead: float32 [R, C]: the base's token's logit minus the largest other; NaN where a proof made it needless,
-            which it never is at a mismatch.
+        lead: float32 [R, C]: the base's token's logit minus the largest other; NaN where there is no mismatch.
     """
 
     mismatch: Tensor
@@ -93,8 +94,10 @@ class Head:
             among[reference[by_few]] = True
             tokens = among.nonzero()[:, 0]
             self._judge(flat, by_few, tokens, reference, reach, mismatch, certain, leads)
-        for some in (threats > nearest.shape[1]).nonzero()[:, 0].split(_ROWS):
-            self._judge(flat, some, None, reference, reach, mismatch, certain, leads)
+        by_many = (threats > nearest.shape[1]).nonzero()[:, 0]
+        for some in by_many.split(_ROWS) if len(by_many) else ():
+            for part, candidates in self._screened(flat, some, reference, reach):
+                self._judge(flat, part, candidates, reference, reach, mismatch, certain, leads)
         return Decisions(*(each.view(R, C) for each in (mismatch, certain, leads)))
 
     def nll(self, hidden: Tensor) -> Tensor:
@@ -108,6 +111,22 @@ class Head:
             leads = [lead(_linear(each, self._weight)[None], reference[None]) for each in (ours, theirs)]
             moved = max(moved, float((leads[0] - leads[1]).abs().max()))
         return moved
+
+    def _screened(
+        self, flat: Tensor, rows: Tensor, reference: Tensor, reach: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """``rows`` in groups with the tokens of which one wins, all others being beyond ``reach``; None: all tokens."""
+        screen = self._certificate.screen
+        if screen is None or not bool(screen.covers(flat[rows]).all()):
+            yield rows, None
+            return
+        rivals = screen.rivals(flat[rows], self._weight, reference[rows], reach[rows])
+        # Those with few are taken together, so that one with many does not burden them.
+        for group in rivals.view(torch.uint8).sum(1, dtype=torch.int32).argsort().split(_GROUP):
+            among = rivals[group].any(0)
+            among[reference[rows[group]]] = True
+            tokens = among.nonzero()[:, 0]
+            yield rows[group], tokens if len(tokens) < _WORTHWHILE * len(among) else None
 
     def _judge(
         self,
@@ -131,7 +150,7 @@ class Head:
         ahead[ids == wanted[:, None]] = torch.inf
         least = ahead.amin(dim=1)
         # Among a few tokens the second may be missing; the first is there.
-        leads[rows] = least if tokens is None else torch.where(mismatch[rows], least, torch.nan)
+        leads[rows] = torch.where(mismatch[rows], least, torch.nan)
         if bool((reach[rows] > 0).any()):
             apart = (weight[ids] - weight[wanted][:, None]).float().norm(dim=2)
             distance = (ahead / apart).nan_to_num(nan=torch.inf).amin(dim=1).abs()

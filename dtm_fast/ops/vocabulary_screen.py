@@ -62,13 +62,20 @@ class VocabularyScreen:
         """Which rows of hidden [R, D] are finite and cannot make a logit overflow; bool [R]."""
         return norm_above(hidden) * self.norm.max() <= LARGEST_LOGIT
 
-    def rivals(self, hidden: torch.Tensor, lm_head: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    def rivals(
+        self,
+        hidden: torch.Tensor,
+        lm_head: torch.Tensor,
+        token: torch.Tensor,
+        reach: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Which tokens may win against `token` in the logits that the full op computes.
 
         Args:
             hidden: [R, D], rows that this covers.
             lm_head: [V, D], what this was built of.
             token: int64 [R].
+            reach: float32 [R], how far from each hidden state no excluded token may win either; 0 by default.
 
         Returns:
             bool [R, V]; where it is False the token cannot win, nor tie with a lower id.
@@ -84,6 +91,10 @@ class VocabularyScreen:
         logit = (hidden.double() * lm_head[token].double()).sum(1)
         error = gamma * norm.double() * self.norm[token] + epsilon
         needed = logit - error - tie_width(hidden.dtype) * (logit.abs() + error) - 2 * epsilon - 2.0**-94
+        if reach is not None:
+            # Moving h by r moves z_v by at most r ‖w_v‖, and that of `token` by r times its norm.
+            per_norm = (per_norm + reach) * ENLARGED
+            needed -= ENLARGED * reach.double() * self.norm[token]
         floor = (needed - needed.abs() * 2.0**-20).float()[:, None]
         # int8_linear quantizes a float32 copy to the same values and does not round its result to bfloat16.
         hidden = hidden.float()

@@ -232,6 +232,20 @@ def test_the_screen_where_quantization_scrambles_the_order(dtype: torch.dtype, c
             assert_excludes_no_winner(hidden, lm_head, order[:, rank])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_screen_excludes_only_what_is_out_of_reach(dtype: torch.dtype) -> None:
+    lm_head, hidden = torch.randn(3000, 64).to(dtype), torch.randn(30, 64).to(dtype)
+    token, reach = greedy(hidden, lm_head), 0.5 * torch.rand(30)
+    screen = VocabularyScreen.build(lm_head)
+    rivals = screen.rivals(hidden, lm_head, token, reach)
+    # The hidden state moved by so much straight towards each token.
+    logits, weight = hidden.double() @ lm_head.double().T, lm_head.double()
+    nearest = logits + reach[:, None].double() * torch.cdist(weight[token], weight)
+    assert not bool((nearest >= logits.gather(1, token[:, None]))[~rivals].any())
+    assert bool(rivals[screen.rivals(hidden, lm_head, token)].all())
+    assert rivals.float().mean() < 0.5
+
+
 def test_the_screen_knows_what_ties_in_bfloat16() -> None:
     # Nothing is lost in int8: logits 256, 257, 258 and 250, of which 257 rounds to 256.
     hidden = torch.tensor([[127.0, 1.0, 1.0]]).bfloat16()
