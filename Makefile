@@ -76,14 +76,16 @@ test-tsan: .venv/dependencies
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(TSAN) --parallel $(MAX_JOBS)
 	ctest --test-dir $(TSAN) --output-on-failure --parallel $(MAX_JOBS)
 
-# The whole suite as the machine is; then once per lower ISA what computes with it, a process on each core: there one
-# thread is enough, and more than there are cores would wait for each other.
+# The whole suite as the machine is, at first what needs no machine to itself; then once per lower ISA what computes
+# with it. Threads of two processes that wait for each other actively would need more cores than there are.
+TOGETHER := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(MAX_JOBS)
 test-python: build browser bench-limits
-	$(BIN)/python -m pytest -q
+	$(TOGETHER) -m "not model and not browser and not process"
+	$(BIN)/python -m pytest -q -m "model or browser or process"
 	for isa in $$($(BIN)/python -c "from dtm_fast.ops.native import ISAS, detected_cpu_isa as best; \
 			print(*ISAS[: ISAS.index(best() or 'reference')])"); do \
 		echo "DTM_FAST_CPU_ISA=$$isa"; \
-		OMP_NUM_THREADS=1 DTM_FAST_CPU_ISA=$$isa $(BIN)/python -m pytest -q -n $(MAX_JOBS) -m "not model and not process and not once" \
+		DTM_FAST_CPU_ISA=$$isa $(TOGETHER) -m "not model and not process and not once" \
 			tests/ops tests/nn tests/measure || exit 1; done
 
 CONFIGURATIONS ?= 2000

@@ -80,14 +80,14 @@ def test_a_slowed_kernel_is_caught_and_named(repository: Path, builds: Path, tmp
     assert {name.split()[0] for name, verdict in verdicts.items() if verdict == "SLOWER"} == {"int8_linear"}
     assert {name.split()[0] for name, verdict in verdicts.items() if verdict == "ok"} >= {"quantize_int8"}
     slower = [each for each in found["cases"] if each["verdict"] == "SLOWER"]
-    assert len(slower) >= 2
+    assert slower
     assert all(
         len(each["base_s"]) == len(each["head_s"]) == 6 for each in slower
     )  # timed again before failing
     assert {each["remark"] for each in found["cases"]} == {"same bits"}
     last = ended.stdout.splitlines()[-1]
     assert last.startswith("FAILED: ")
-    assert "int8_linear (2048, 576, 1536) float32 (SLOWER)" in last
+    assert all(f"{each['name']} (SLOWER)" in last for each in slower)
 
 
 @pytest.mark.parametrize("repetition", range(5))
