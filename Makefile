@@ -1,6 +1,6 @@
 # make demo     everything from nothing: environment, native build, model, the main job, runs/demo/report.html
 # make test     all tests: C++ under ASan + UBSan and TSan, Python once per ISA of this machine
-# make test-evaluator   the fast evaluator against the reference on 2,000 random configurations of SmolLM2 (hours)
+# make test-evaluator   the fast evaluator against the reference on 2,000 random configurations of SmolLM2 (half an hour)
 # make check    ruff, mypy, clang-format
 # make format   lets them mend what they can
 # make bench    the benchmarks beside their peers: docs/performance.md (BENCH="--quick" for a first look)

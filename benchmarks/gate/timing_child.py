@@ -4,6 +4,7 @@ Of dtm_fast it uses the public functions of the revision's dtm_fast.ops only, so
 itself.
 """
 
+import importlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,53 @@ def _token_divergence(positions: int, dtype: torch.dtype, certified: bool = Fals
     return Case("token_divergence", label, prepare, ("Certificate",) if certified else ())
 
 
+def _decoder_layer(arithmetic: str) -> Case:
+    """A layer of SmolLM2-135M; where the machine has no kernel for the arithmetic, in float32."""
+
+    def prepare(ops: Any, generator: torch.Generator) -> Call:
+        of = ops.decoder_layer
+        hidden, heads, kv_heads, head_dim, wide = _WIDTH, 9, 3, 64, 1536
+        shape = of.LayerShape(
+            hidden, heads, kv_heads, head_dim, wide, eps=1e-5, attention_scale=head_dim**-0.5
+        )
+        columns, positions = (heads + 2 * kv_heads) * head_dim, 128
+        weights = [
+            torch.randn(N, K, generator=generator) * K**-0.5
+            for N, K in ((columns, hidden), (hidden, heads * head_dim), (2 * wide, hidden), (hidden, wide))
+        ]
+        angles, norm = torch.rand(positions, head_dim, generator=generator), torch.ones(hidden)
+
+        def layer(chosen: Any) -> Any:
+            qkv, o, gate_up, down = (of.Projection(of.PackedMatrix.pack(each, chosen)) for each in weights)
+            return of.DecoderLayer(
+                *(chosen, shape, norm, norm, None, None, angles.cos(), angles.sin()),
+                (qkv,),
+                o,
+                (gate_up,),
+                down,
+            )
+
+        x = torch.randn(4, positions, hidden, generator=generator)
+        out, kv = torch.empty_like(x), torch.empty(4, positions, 2 * kv_heads * head_dim)
+        chosen, exact = of.Arithmetic[arithmetic], of.Arithmetic.FLOAT32
+        states = {
+            name: torch.empty(4, positions, width) for name, width in shape.widths.items() if name != "input"
+        }
+        of.decoder_layer(layer(exact), x, out, kv, keep=of.States(**states))
+        is_change = chosen == of.Arithmetic.CHANGE and of.has_arithmetic(chosen)
+        base = of.States(input=x, **states) if is_change else of.States()
+        entering = 0.1 * torch.randn(x.shape, generator=generator) if is_change else x
+        timed = layer(chosen if is_change else exact)
+
+        def call() -> torch.Tensor:
+            of.decoder_layer(timed, entering, out, kv, base=base)
+            return out
+
+        return call
+
+    return Case("decoder_layer", f"(4, 128, {_WIDTH}) {arithmetic.lower()}", prepare)
+
+
 def _pack_mask(ops: Any, generator: torch.Generator) -> Call:
     mask = _random_bytes(4096, 4096, generator=generator) < 128
     return lambda: ops.pack_mask(mask)
@@ -170,6 +219,8 @@ CASES = (
     _token_divergence(256, torch.float32),
     _token_divergence(256, torch.bfloat16),
     _token_divergence(256, torch.float32, certified=True),
+    _decoder_layer("FLOAT32"),
+    _decoder_layer("CHANGE"),
 )
 
 
@@ -181,6 +232,8 @@ def load_ops(checkout: Path) -> Any:
     sys.modules["dtm_fast"] = package
     import dtm_fast.ops as ops
 
+    with suppress(ModuleNotFoundError):  # older revisions have none
+        importlib.import_module("dtm_fast.ops.decoder_layer")
     if "dtm_fast._cpu" not in sys.modules:
         ops.backend_info()  # loads it, if it can be
     for name in ("dtm_fast.ops", "dtm_fast._cpu"):

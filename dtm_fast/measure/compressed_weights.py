@@ -18,7 +18,7 @@ class CompressedWeights:
         bound: bytes of packed weights to keep at most.
     """
 
-    def __init__(self, bound: int = 256 * 2**20) -> None:
+    def __init__(self, bound: int = 208 * 2**20) -> None:
         """Holds nothing yet."""
         self._bound = bound
         self._size = 0

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoder_layer_twin import packed, random_parts
 
 from dtm_fast import ops
+from dtm_fast.ops.decoder_layer import Arithmetic, LayerShape, decoder_layer, has_arithmetic
 
 pytestmark = pytest.mark.once
 
@@ -76,6 +78,15 @@ def certified_token_divergence() -> Call:
     return lambda: ops.token_divergence(hidden + 0.1, head, reference, certificate=certificate)
 
 
+def fused_layer() -> Call:
+    if not has_arithmetic(Arithmetic.FLOAT32):
+        pytest.skip("the instruction set in use has no kernel for fused layers")
+    shape = LayerShape(20, 2, 1, 6, 32, eps=1e-5, attention_scale=0.5)
+    parts = random_parts(shape, positions=9, fused=False, bias=True, norms=True)
+    layer, x, kv = packed(parts, Arithmetic.FLOAT32), torch.randn(2, 9, 20), torch.empty(2, 9, 12)
+    return lambda: decoder_layer(layer, x, torch.empty_like(x), kv)
+
+
 def refused() -> Call:
     """An error on the way must not keep anything either."""
     x, qweight = torch.randn(9, 33), torch.zeros(70, 32, dtype=torch.int8)
@@ -106,6 +117,7 @@ def resident_bytes() -> int:
         masked_ladder,
         token_divergence,
         certified_token_divergence,
+        fused_layer,
         refused,
     ],
     ids=lambda prepare: prepare.__name__,
