@@ -14,7 +14,7 @@ from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_d
 from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.head import Head
 from dtm_fast.measure.prefix_tree import Node, layers_of, tree_of, walk
-from dtm_fast.measure.racing import Contest, Dropped
+from dtm_fast.measure.racing import Contest, Dropped, name_of
 from dtm_fast.ops.decoder_layer import Arithmetic
 
 Results = Iterator[tuple[list[int], Columns | Dropped | MeasurementError]]
@@ -84,7 +84,8 @@ class FirstPass:
 
         waiting: list[_Waiting] = []
         root = tree_of(self._fused.decoder, configurations)
-        for node, state in walk(root, None, advance, stop_at_chains=True):
+        handed = walk(root, None, advance, stop_at_chains=True)
+        for node, state in handed if contest is None else _by_name(handed, configurations):
             chain = node.chain()
             indices = chain[-1].ends
             steps = [(each.layer - 1, each.treatments) for each in chain if not each.is_base]
@@ -133,6 +134,20 @@ class FirstPass:
             if contest is not None:
                 contest.take(each.configuration, each.found.fdt)
             yield each.indices, _columns(each.found)
+
+
+def _by_name(
+    handed: Iterator[tuple[Node, Tensor | None]], configurations: Sequence[Configuration]
+) -> Iterator[tuple[Node, Tensor | None]]:
+    """The same with those that start at the base's state last, by name: of equals the lowest names win a race."""
+    waiting: list[Node] = []
+    for node, state in handed:
+        if state is None:
+            waiting.append(node)
+        else:
+            yield node, state
+    waiting.sort(key=lambda node: name_of(configurations[node.chain()[-1].ends[0]]))
+    yield from ((node, None) for node in waiting)
 
 
 def _columns(found: FirstDivergence) -> Columns:

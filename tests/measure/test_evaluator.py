@@ -345,6 +345,15 @@ def test_a_race_reads_less_than_a_sweep(llama, make_probes):
 
 
 @needs_kernels
+def test_of_equals_only_the_lowest_names_are_read(llama, make_probes):
+    evaluator = dtm.Evaluator(llama, make_probes(llama, 9), layers="fused")
+    harmless = [{path: dtm.Prune(1e-6)} for path in sorted(evaluator.decoder.components)]
+    race = evaluator.best(harmless[::-1], 3)
+    assert [m.configuration for m in race.best] == harmless[:3]
+    assert all(int(dropped.seen.sum()) == 0 for dropped in race.dropped)
+
+
+@needs_kernels
 @pytest.mark.parametrize(("k", "error"), [(0, 0.0), (1, -0.1), (1, 1.0)])
 def test_a_race_that_cannot_be_meant_is_refused(llama, make_probes, k, error):
     evaluator = dtm.Evaluator(llama, make_probes(llama, 2), layers="fused")
