@@ -72,17 +72,18 @@ class Bench:
         draw = random.Random(0)
         ours, loops, others = [], [], []
         stages: dict[str, float] = {}
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak to the current size
-        before = status("VmRSS")
+        before, peak = status("VmRSS"), 0
         for index in range(SLICES):
             configurations = [
                 {path: treatment} for path in self.paths[index::SLICES] for treatment in TREATMENTS
             ]
             self.disturbance()
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is what is in use now, without the loop's
             started = time.perf_counter()
             with timed() as spent:
                 found = self.evaluator.measure(configurations, ())
             ours.append((time.perf_counter() - started) / len(configurations))
+            peak = max(peak, status("VmHWM") - before)
             for name, seconds in spent.items():
                 stages[name] = stages.get(name, 0.0) + seconds
             for measurement in found:
@@ -91,7 +92,6 @@ class Bench:
             loops.append(seconds)
             others.append(self.disturbance())
             print(f"  slice {index}: {ours[-1]:.3f} s, loop {seconds:.2f} s a configuration", flush=True)
-        peak = max(0, status("VmHWM") - before)
         return {
             "seconds": ours,
             "loop_seconds": loops,

@@ -75,24 +75,23 @@ class CompletePass:
         return fused.run(layer, node.treatments, state, fused.exact, everyone, first_output=wanted)
 
     def _columns(self, state: Tensor | State | None, metrics: frozenset[str]) -> Columns:
-        # The model's own layers give the base the very states that wrote its text: the model's own head then writes it
-        # again, where another order of sums might break a tie otherwise.
-        wrote = state is None and self._fused is None
-        if self._head is not None and metrics <= {"sdt", "dppl"} and not wrote:
-            return self._without_logits(self._head, self._head_input(state), "dppl" in metrics)
         if state is None:
-            state = self._model_layers.base(self._depth)
+            # The base's text was written by the model's own head, and another order of sums might break a tie
+            # otherwise.
+            return self._from_logits(self._model_layers.base(self._depth), metrics)
+        if self._head is not None and metrics <= {"sdt", "dppl"}:
+            return self._without_logits(self._head, self._head_input(state), "dppl" in metrics)
         if isinstance(state, Tensor):
             state = self._model_layers.split(state)
         return self._from_logits(state, metrics)
 
-    def _head_input(self, state: Tensor | State | None) -> Tensor:
-        """[P, N, D]; the base's by the model's own layers, so that it writes what it wrote."""
+    def _head_input(self, state: Tensor | State) -> Tensor:
+        """[P, N, D]."""
         if isinstance(state, Tensor):
             assert self._fused is not None
             fused, first = self._fused, self._model_layers.probes.prefix - 1
             return fused.head_input(state[:, first:], fused.exact, range(fused.count), first, fused.positions)
-        return self._model_layers.head_input(self._model_layers.base(self._depth) if state is None else state)
+        return self._model_layers.head_input(state)
 
     @staticmethod
     def _without_logits(head: Head, hidden: Tensor, with_dppl: bool) -> Columns:

@@ -188,15 +188,13 @@ class Evaluator:
             seconds, clock = now - clock, now
             if isinstance(result, MeasurementError):
                 failed.append(f"{describe(configuration)}: {result}")
-                continue
-            if isinstance(result, Dropped):
+            elif isinstance(result, Dropped):
                 dropped.append(result)
                 on_finished(result)
-                continue
-            measured.append(_measurement(configuration, self.probes.completion, result, seconds))
-            if measured[-1].sdt is not None:  # the base, by a complete pass
-                measured[-1] = replace(measured[-1], sdt=None)
-            on_finished(measured[-1])
+            else:
+                found = _measurement(configuration, self.probes.completion, result, seconds)
+                measured.append(replace(found, sdt=None))  # only the base has any, by its complete pass
+                on_finished(measured[-1])
         _raise_if_any(failed)
         measured.sort(key=lambda each: (-fdt75(each.fdt), name_of(each.configuration)))
         for each in measured[k:]:

@@ -87,17 +87,18 @@ class Head:
         nearest = kept.nearest[index]
         by_few = ((threats <= nearest.shape[1]) & ((threats > 0) | mismatch)).nonzero()[:, 0]
         if len(by_few):
-            among = torch.zeros(len(self._weight), dtype=torch.bool, device=flat.device)
+            # The base's choice in the place of what is no threat: a row's tokens are these and its reference.
             threatening = torch.arange(nearest.shape[1], device=flat.device) < threats[by_few, None]
-            among[nearest[by_few][threatening]] = True
-            among[top[by_few]] = True
-            among[reference[by_few]] = True
-            tokens = among.nonzero()[:, 0]
-            self._judge(flat, by_few, tokens, reference, reach, mismatch, certain, leads)
+            own = torch.where(threatening, nearest[by_few], top[by_few, None])
+            own = torch.cat([own, top[by_few, None], reference[by_few, None]], dim=1)
+            tokens = own.unique()
+            among = torch.zeros(len(own), len(tokens), dtype=torch.bool, device=flat.device)
+            among.scatter_(1, torch.searchsorted(tokens, own), True)
+            self._judge(flat, by_few, tokens, among, reference, reach, mismatch, certain, leads)
         by_many = (threats > nearest.shape[1]).nonzero()[:, 0]
         for some in by_many.split(_ROWS) if len(by_many) else ():
-            for part, candidates in self._screened(flat, some, reference, reach):
-                self._judge(flat, part, candidates, reference, reach, mismatch, certain, leads)
+            for group in self._screened(flat, some, reference, reach):
+                self._judge(flat, *group, reference, reach, mismatch, certain, leads)
         return Decisions(*(each.view(R, C) for each in (mismatch, certain, leads)))
 
     def nll(self, hidden: Tensor) -> Tensor:
@@ -114,51 +115,70 @@ class Head:
 
     def _screened(
         self, flat: Tensor, rows: Tensor, reference: Tensor, reach: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """``rows`` in groups with the tokens of which one wins, all others being beyond ``reach``; None: all tokens."""
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """``rows`` in groups, with what ``_judge`` takes as ``tokens`` and ``among``."""
         screen = self._certificate.screen
-        if screen is None or not bool(screen.covers(flat[rows]).all()):
-            yield rows, None
+        covered = torch.zeros_like(rows, dtype=torch.bool) if screen is None else screen.covers(flat[rows])
+        if not bool(covered.all()):
+            yield rows[~covered], None, None
+        rows = rows[covered]
+        if screen is None or len(rows) == 0:
             return
         rivals = screen.rivals(flat[rows], self._weight, reference[rows], reach[rows])
+        rivals.scatter_(1, reference[rows, None], True)
         # Those with few are taken together, so that one with many does not burden them.
         for group in rivals.view(torch.uint8).sum(1, dtype=torch.int32).argsort().split(_GROUP):
-            among = rivals[group].any(0)
-            among[reference[rows[group]]] = True
-            tokens = among.nonzero()[:, 0]
-            yield rows[group], tokens if len(tokens) < _WORTHWHILE * len(among) else None
+            tokens = rivals[group].any(0).nonzero()[:, 0]
+            if len(tokens) < _WORTHWHILE * rivals.shape[1]:
+                yield rows[group], tokens, rivals[group][:, tokens]
+            else:
+                yield rows[group], None, rivals[group]
 
     def _judge(
         self,
         flat: Tensor,
         rows: Tensor,
         tokens: Tensor | None,
+        among: Tensor | None,
         reference: Tensor,
         reach: Tensor,
         mismatch: Tensor,
         certain: Tensor,
         leads: Tensor,
     ) -> None:
-        """Fills in what the logits of ``tokens`` (None: all) say of ``rows``; one of them wins."""
+        """Fills in what logits say of R ``rows``.
+
+        Args:
+            flat: the hidden states of all rows, as what follows ``among`` is of all.
+            rows: which to judge.
+            tokens: int64 [v], ascending: their logits are computed; None for all.
+            among: bool [R, v], which of them can win within a row's reach; None for all. Only these tell how
+                certain a row is, so that this does not depend on the others.
+            reference: the tokens that the base wrote.
+            reach: how far a distance to a decision may be off.
+            mismatch: filled in.
+            certain: filled in.
+            leads: filled in.
+        """
         weight = self._weight if tokens is None else self._weight[tokens]
         wanted = reference[rows] if tokens is None else torch.searchsorted(tokens, reference[rows])
         logits = _linear(flat[rows], weight)
         mismatch[rows] = logits.argmax(dim=1) != wanted  # the lowest id, where logits are equal
-        values, ids = logits.topk(min(_RIVALS, logits.shape[1]), dim=1)
-        ahead = logits.gather(1, wanted[:, None]).float() - values.float()
-        others = ahead[:, -1].clone()
+        own = logits.gather(1, wanted[:, None]).float()
+        if among is not None:
+            logits = logits.masked_fill(~among, -torch.inf)
+        values, ids = logits.topk(min(_RIVALS + 1, logits.shape[1]), dim=1)
+        ahead = own - values.float()
         ahead[ids == wanted[:, None]] = torch.inf
-        least = ahead.amin(dim=1)
-        # Among a few tokens the second may be missing; the first is there.
-        leads[rows] = torch.where(mismatch[rows], least, torch.nan)
+        leads[rows] = torch.where(mismatch[rows], ahead.amin(dim=1), torch.nan)
         if bool((reach[rows] > 0).any()):
+            ids, looked_at = ids[:, :_RIVALS], ahead[:, :_RIVALS]
             apart = (weight[ids] - weight[wanted][:, None]).float().norm(dim=2)
-            distance = (ahead / apart).nan_to_num(nan=torch.inf).amin(dim=1).abs()
+            distance = (looked_at / apart).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(dim=1).abs()
             sure = distance > reach[rows]
-            if logits.shape[1] > _RIVALS:
-                # The tokens that were not looked at are at least this far away.
-                distance = others / (self._norm[reference[rows]] + self._norm.max())
-                sure &= mismatch[rows] | (distance > reach[rows])
+            # The tokens that were not looked at are at least this far away.
+            others = ahead[:, _RIVALS:].amin(dim=1) if ahead.shape[1] > _RIVALS else torch.inf
+            sure &= mismatch[rows] | (others / (self._norm[reference[rows]] + self._norm.max()) > reach[rows])
             certain[rows] = sure | (reach[rows] == 0)
 
 

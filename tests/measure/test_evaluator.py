@@ -1,14 +1,14 @@
-import random
 import types
 
 import pytest
 import tiny
 import torch
+from measurements import assert_same, some
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import dtm_fast as dtm
 from dtm_fast.errors import ComponentError, MeasurementError, ModelError, ProbeError
-from dtm_fast.measure import EXTRA_METRICS, Measurement
+from dtm_fast.measure import EXTRA_METRICS
 from dtm_fast.measure.fused_layers import checked_parts
 from dtm_fast.measure.prefix_tree import tree_of
 from dtm_fast.measure.racing import fdt75, name_of
@@ -35,21 +35,6 @@ def layers(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def evaluator(llama, make_probes, layers) -> dtm.Evaluator:
     return dtm.Evaluator(llama, make_probes(llama, 6), layers=layers)
-
-
-def some(paths, draw_configuration, count: int, most: int = 5, seed: int = 0) -> list:
-    draw = random.Random(seed)
-    return [draw_configuration(paths, draw, most) for _ in range(count)]
-
-
-def assert_same(found: Measurement, expected: Measurement) -> None:
-    """Every bit of what was measured."""
-    assert torch.equal(found.fdt, expected.fdt)
-    assert torch.equal(found.first_margin.view(torch.int32), expected.first_margin.view(torch.int32))
-    for name in ("sdt", *EXTRA_METRICS):
-        ours, other = getattr(found, name), getattr(expected, name)
-        assert (ours is None) == (other is None)
-        assert ours is None or torch.equal(ours, other)
 
 
 @pytest.mark.parametrize("metrics", [(), ("sdt",)])

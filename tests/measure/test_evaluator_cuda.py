@@ -5,6 +5,7 @@ import random
 import pytest
 import tiny
 import torch
+from measurements import assert_same, some
 
 import dtm_fast as dtm
 from dtm_fast.errors import MeasurementError, ModelError
@@ -20,21 +21,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def model_on(device: torch.device, family: str = "llama", dtype: torch.dtype = torch.float32):
     return tiny.model_of(family).to(device, dtype)
-
-
-def some(paths, draw_configuration, count: int, most: int = 5, seed: int = 0) -> list:
-    draw = random.Random(seed)
-    return [draw_configuration(paths, draw, most) for _ in range(count)]
-
-
-def assert_same(found: Measurement, expected: Measurement) -> None:
-    """Every bit of what was measured."""
-    assert torch.equal(found.fdt, expected.fdt)
-    assert torch.equal(found.first_margin.view(torch.int32), expected.first_margin.view(torch.int32))
-    for name in ("sdt", *EXTRA_METRICS):
-        ours, other = getattr(found, name), getattr(expected, name)
-        assert (ours is None) == (other is None)
-        assert ours is None or torch.equal(ours, other), name
 
 
 def assert_same_but_for_ties(found: list[Measurement], expected: list[Measurement], floor: float) -> None:

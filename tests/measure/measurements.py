@@ -1,0 +1,30 @@
+"""Random configurations, and what it means that two measurements are the same."""
+
+import random
+from collections.abc import Callable, Iterable
+
+import torch
+
+from dtm_fast.compression import Configuration
+from dtm_fast.measure import EXTRA_METRICS, Measurement
+
+
+def some(
+    paths: Iterable[str],
+    draw_configuration: Callable[..., Configuration],
+    count: int,
+    most: int = 5,
+    seed: int = 0,
+) -> list[Configuration]:
+    draw = random.Random(seed)
+    return [draw_configuration(list(paths), draw, most) for _ in range(count)]
+
+
+def assert_same(found: Measurement, expected: Measurement) -> None:
+    """Every bit of what was measured."""
+    assert torch.equal(found.fdt, expected.fdt)
+    assert torch.equal(found.first_margin.view(torch.int32), expected.first_margin.view(torch.int32))
+    for name in ("sdt", *EXTRA_METRICS):
+        ours, other = getattr(found, name), getattr(expected, name)
+        assert (ours is None) == (other is None)
+        assert ours is None or torch.equal(ours, other), name
