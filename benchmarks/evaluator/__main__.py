@@ -78,7 +78,9 @@ class Bench:
                 {path: treatment} for path in self.paths[index::SLICES] for treatment in TREATMENTS
             ]
             self.disturbance()
-            Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is what is in use now, without the loop's
+            Path("/proc/self/clear_refs").write_text(
+                "5"
+            )  # proc(5): the peak is what is in use now, without the loop's
             started = time.perf_counter()
             with timed() as spent:
                 found = self.evaluator.measure(configurations, ())
