@@ -27,6 +27,13 @@ class Arithmetic(enum.IntEnum):
     base has, `y' = y_base + W (x' - x_base) + (W' - W) x_base`. States that enter and leave are differences."""
     BFLOAT16 = 2
     """As a model in bfloat16: products summed in float32, every result rounded where transformers stores it."""
+    FINE_CHANGE = 3
+    """CHANGE with differences and weights of 16 bits, each a sum of two numbers of bfloat16; AMX only."""
+
+    @property
+    def is_change(self) -> bool:
+        """Whether states that enter and leave are differences to the base's."""
+        return self in (Arithmetic.CHANGE, Arithmetic.FINE_CHANGE)
 
 
 class Start(enum.IntEnum):
@@ -57,7 +64,7 @@ class PackedMatrix:
     N: int
     K: int
     panels: Tensor
-    """float32; CHANGE and BFLOAT16: pairs of bfloat16 in the bits of each."""
+    """FLOAT32: float32; otherwise pairs of bfloat16 in the bits of each."""
 
     @classmethod
     def pack(cls, matrix: Tensor, arithmetic: Arithmetic) -> PackedMatrix:

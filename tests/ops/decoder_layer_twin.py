@@ -105,8 +105,8 @@ def packed(parts: LayerParts, arithmetic: Arithmetic) -> DecoderLayer:
 def treated(layer: DecoderLayer, parts: LayerParts, index: int, weight: Tensor) -> DecoderLayer:
     """With another weight in projection number ``index``, from where on it differs from the base."""
     change = None
-    if layer.arithmetic == Arithmetic.CHANGE:
-        change = PackedMatrix.pack(weight - parts.projections[index][1].weight, Arithmetic.CHANGE)
+    if layer.arithmetic.is_change:
+        change = PackedMatrix.pack(weight - parts.projections[index][1].weight, layer.arithmetic)
     projection = replace(
         layer.projections[index], weight=PackedMatrix.pack(weight, layer.arithmetic), change=change
     )

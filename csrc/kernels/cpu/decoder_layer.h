@@ -22,6 +22,8 @@ enum class LayerArithmetic : int {
   // As a model in bfloat16 computes: products sum in float32, and every result is rounded where Hugging Face
   // stores it. All states are numbers of bfloat16.
   kBfloat16 = 2,
+  // kChange with differences and weights of 16 bits, each a sum of two numbers of bfloat16.
+  kFineChange = 3,
 };
 
 // y[:, first : first + N] = x @ weight.T + bias, the weight [N, K] packed by pack_matrix.
@@ -94,13 +96,29 @@ using LayerKernel = void(const DecoderLayer& layer, const SequencePart* parts, i
 LayerKernel layer_float32_avx512;
 LayerKernel layer_change_avx512_bf16;
 LayerKernel layer_bfloat16_avx512_bf16;
+LayerKernel layer_change_amx;
+LayerKernel layer_fine_change_amx;
+LayerKernel layer_bfloat16_amx;
 
 // For so many positions, none of which sees more than `context`.
-int64_t layer_scratch_size_avx512(const DecoderLayer& layer, int64_t positions, int64_t context);
+using LayerScratchSize = int64_t(const DecoderLayer& layer, int64_t positions, int64_t context);
+LayerScratchSize layer_scratch_size_avx512;
+LayerScratchSize layer_scratch_size_amx;
 
-// 32 rows [32 or fewer, K] of a matrix as a panel.
+// 32 rows [32 or fewer, K] of a matrix as a panel; AMX reads those of pairs, too.
 using PackRows = void(const float* matrix, int64_t rows, int64_t K, float* panel);
 PackRows pack_rows_float32_avx512;
 PackRows pack_rows_pairs_avx512_bf16;
+PackRows pack_rows_two_pieces_amx;
+
+struct LayerChoice {
+  LayerKernel* run;
+  LayerScratchSize* scratch_size;
+  PackRows* pack;
+  // Neighbouring short parts go together until they have so many rows: fewer would be multiplied in the time
+  // that the weights take to come.
+  int64_t task_rows;
+};
+LayerChoice choose_layer_kernel(CpuIsa isa, LayerArithmetic arithmetic);
 
 }  // namespace dtm_fast

@@ -4,11 +4,11 @@ namespace dtm_fast {
 
 void layer_float32_avx512(const DecoderLayer& layer, const SequencePart* parts, int64_t count,
                           float* scratch) {
-  LayerTask<FloatLanes, LayerArithmetic::kFloat32>(layer, parts, count, scratch).run();
+  LayerTask<PackedRows<FloatLanes>, LayerArithmetic::kFloat32>(layer, parts, count, scratch).run();
 }
 
 int64_t layer_scratch_size_avx512(const DecoderLayer& layer, int64_t rows, int64_t context) {
-  return LayerTask<FloatLanes, LayerArithmetic::kFloat32>::scratch_size(layer, rows, context);
+  return LayerTask<PackedRows<FloatLanes>, LayerArithmetic::kFloat32>::scratch_size(layer, rows, context);
 }
 
 void pack_rows_float32_avx512(const float* matrix, int64_t rows, int64_t K, float* panel) {

@@ -3,23 +3,18 @@
 // a lower instruction set.
 #pragma once
 
-#include <cstring>
-
 #include "causal_attention_avx512.h"
 
 namespace dtm_fast {
 namespace {
 
-// Rows that go through the second half of a layer together: all that they need, some 500 KB, stays in the
-// second-level cache.
-constexpr int64_t kChunkRows = 96;
-// Columns of gate and up at a time, for the same reason.
+// Columns of gate and up at a time: with the rows of a chunk, they stay in the second-level cache.
 constexpr int64_t kGateCols = 128;
 
 // The order of things: states of all rows that the second half needs of the first are its attention alone, so
 // that half goes through few rows at a time. A product's result starts as the bias, or for kChange as what
 // the base has there.
-template <typename Lanes, LayerArithmetic kArithmetic>
+template <typename Rows, LayerArithmetic kArithmetic>
 class LayerTask {
  public:
   LayerTask(const DecoderLayer& layer, const SequencePart* parts, int64_t count, float* scratch)
@@ -42,11 +37,10 @@ class LayerTask {
 
   static int64_t scratch_size(const DecoderLayer& layer, int64_t rows, int64_t context) {
     const int64_t attention = AttentionHead::size(layer.head_dim, context);
-    const int64_t first_half = 2 * PackedRows<Lanes>::size(rows, layer.hidden) + rows * layer.qkv_cols();
-    const int64_t chunk = rows < kChunkRows ? rows : kChunkRows;
+    const int64_t first_half = 2 * Rows::size(rows, layer.hidden) + rows * layer.qkv_cols();
+    const int64_t chunk = rows < Rows::kChunkRows ? rows : Rows::kChunkRows;
     const int64_t widest = layer.hidden > layer.q_cols() ? layer.hidden : layer.q_cols();
-    const int64_t second_half = 2 * PackedRows<Lanes>::size(chunk, widest) +
-                                2 * PackedRows<Lanes>::size(chunk, layer.intermediate) +
+    const int64_t second_half = 2 * Rows::size(chunk, widest) + 2 * Rows::size(chunk, layer.intermediate) +
                                 chunk * (2 * layer.hidden + 2 * kGateCols);
     const int64_t larger = first_half > second_half ? first_half : second_half;
     return 2 * (rows + 16) + (rows + 16) * layer.q_cols() + attention + larger + 16 * kAllocations;
@@ -60,8 +54,9 @@ class LayerTask {
       project_in();
       for (int64_t p = 0, row = 0; p < count_; row += parts_[p].count, ++p) attend(head, p, row);
     }
-    for (int64_t row = 0; row < rows_; row += kChunkRows) {
-      const int64_t rows = rows_ - row < kChunkRows ? rows_ - row : kChunkRows;
+    const int64_t chunks = (rows_ + Rows::kChunkRows - 1) / Rows::kChunkRows;
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t row = c * rows_ / chunks, rows = (c + 1) * rows_ / chunks - row;
       next_ = rest;
       if (any_output(row, rows)) finish(row, rows);
     }
@@ -77,9 +72,7 @@ class LayerTask {
     return taken;
   }
 
-  PackedRows<Lanes> take_rows(int64_t rows, int64_t depth) {
-    return {take(PackedRows<Lanes>::size(rows, depth)), rows, depth};
-  }
+  Rows take_rows(int64_t rows, int64_t depth) { return {take(Rows::size(rows, depth)), rows, depth}; }
 
   const SequencePart& part(int64_t row) const { return parts_[row_part_[row]]; }
   static const float* at(const float* states, int64_t index, int64_t columns) {
@@ -98,21 +91,18 @@ class LayerTask {
 
   // c [rows, cols] += rows' product with the columns skip .. skip + cols - 1 of a projection.
   template <typename Wanted>
-  void add(const Projection& projection, int64_t skip, int64_t cols, const PackedRows<Lanes>& rows,
-           const PackedRows<Lanes>& base_rows, bool has_rows, float* c, int64_t c_stride,
-           const Wanted& wanted) const {
-    const int64_t offset = skip * panel_lanes<Lanes>(rows.depth());
-    if (has_rows) add_product<Lanes>(rows, projection.panels + offset, cols, c, c_stride, wanted);
+  void add(const Projection& projection, int64_t skip, int64_t cols, const Rows& rows, const Rows& base_rows,
+           bool has_rows, float* c, int64_t c_stride, const Wanted& wanted) const {
+    const int64_t offset = skip * Rows::panel_floats(rows.depth());
+    if (has_rows) add_product(rows, projection.panels + offset, cols, c, c_stride, wanted);
     if (kIsChange && projection.change != nullptr) {
-      add_product<Lanes>(base_rows, projection.change + offset, cols, c, c_stride, wanted);
+      add_product(base_rows, projection.change + offset, cols, c, c_stride, wanted);
     }
   }
 
   static void fill(float* to, const float* from, int64_t count) {
-    if (from == nullptr) {
-      std::memset(to, 0, static_cast<size_t>(count) * sizeof(float));
-    } else {
-      std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t k = 0; k < count; k += 16) {
+      store_vector(to, k, count, from == nullptr ? _mm512_setzero_ps() : load_vector(from, k, count));
     }
   }
 
@@ -127,14 +117,14 @@ class LayerTask {
   void project_in() {
     const int64_t columns = layer_.qkv_cols(), hidden = layer_.hidden;
     const bool changes = any_change(layer_.attention_in, layer_.attention_ins);
-    const PackedRows<Lanes> x = take_rows(rows_, hidden), base_x = take_rows(changes ? rows_ : 0, hidden);
+    const Rows x = take_rows(rows_, hidden), base_x = take_rows(changes ? rows_ : 0, hidden);
     qkv_ = take(rows_ * columns);
     const bool has_rows = !kIsChange || has_input();
     for (int64_t row = 0; row < rows_; ++row) {
       const int64_t i = row_index_[row];
       if (has_rows || changes) {
-        norm_row<Lanes, kArithmetic>(at(part(row).in, i, hidden), at(part(row).base.in, i, hidden),
-                                     layer_.attention_norm, layer_.eps, row, x, changes ? &base_x : nullptr);
+        norm_row<kArithmetic>(at(part(row).in, i, hidden), at(part(row).base.in, i, hidden),
+                              layer_.attention_norm, layer_.eps, row, x, changes ? &base_x : nullptr);
       }
       if (kIsChange) {
         fill(qkv_ + row * columns, at(part(row).base.qkv, i, columns), columns);
@@ -164,7 +154,7 @@ class LayerTask {
     }
     return false;
   }
-  bool has_output(const PackedRows<Lanes>& rows, int64_t block, int64_t row0) const {
+  bool has_output(const Rows& rows, int64_t block, int64_t row0) const {
     const int64_t first = rows.first_row(block);
     return any_output(row0 + first, rows.first_row(block + 1) - first);
   }
@@ -207,7 +197,7 @@ class LayerTask {
     const int64_t hidden = layer_.hidden;
     float* const mid = take(rows * hidden);
     float* const out = take(rows * hidden);
-    const PackedRows<Lanes> block = {nullptr, rows, hidden};
+    const Rows block = {nullptr, rows, hidden};
     const auto wanted = [&](int64_t b) { return has_output(block, b, row0); };
     if (layer_.start <= LayerStart::kAttentionOut) {
       project_attention(row0, rows, out, wanted);
@@ -242,14 +232,14 @@ class LayerTask {
     const Projection& projection = layer_.attention_out;
     const bool changes = any_change(&projection, 1), own = layer_.start == LayerStart::kAttention;
     float* const before = next_;
-    const PackedRows<Lanes> x = take_rows(rows, cols), base_x = take_rows(changes ? rows : 0, cols);
+    const Rows x = take_rows(rows, cols), base_x = take_rows(changes ? rows : 0, cols);
     for (int64_t i = 0; i < rows; ++i) {
       const SequencePart& of = part(row0 + i);
       const int64_t index = row_index_[row0 + i];
       const float* base = at(of.base.attention, index, cols);
       const float* row = own ? attention_ + (row0 + i) * cols : base;
-      if (!kIsChange || own) copy_row<Lanes>(row, kIsChange ? base : nullptr, i, x);
-      if (changes) copy_row<Lanes>(base, nullptr, i, base_x);
+      if (!kIsChange || own) copy_row(row, kIsChange ? base : nullptr, i, x);
+      if (changes) copy_row(base, nullptr, i, base_x);
       if (own && of.keep.attention != nullptr) fill(of.keep.attention + index * cols, row, cols);
       fill(out + i * hidden, kIsChange ? nullptr : projection.bias, hidden);
     }
@@ -265,13 +255,13 @@ class LayerTask {
     const bool own = layer_.start <= LayerStart::kMlp;
     // kChange: nothing differs before a later start.
     const bool has_mid = !kIsChange || layer_.start <= LayerStart::kAttentionOut;
-    const PackedRows<Lanes> x = take_rows(rows, hidden), base_x = take_rows(changes_in ? rows : 0, hidden);
-    const PackedRows<Lanes> h = take_rows(rows, wide), base_h = take_rows(changes_out ? rows : 0, wide);
+    const Rows x = take_rows(rows, hidden), base_x = take_rows(changes_in ? rows : 0, hidden);
+    const Rows h = take_rows(rows, wide), base_h = take_rows(changes_out ? rows : 0, wide);
     for (int64_t i = 0; i < rows && own; ++i) {
       if (!has_mid && !changes_in) break;
-      norm_row<Lanes, kArithmetic>(has_mid ? mid + i * hidden : nullptr,
-                                   at(part(row0 + i).base.mid, row_index_[row0 + i], hidden), layer_.mlp_norm,
-                                   layer_.eps, i, x, changes_in ? &base_x : nullptr);
+      norm_row<kArithmetic>(has_mid ? mid + i * hidden : nullptr,
+                            at(part(row0 + i).base.mid, row_index_[row0 + i], hidden), layer_.mlp_norm,
+                            layer_.eps, i, x, changes_in ? &base_x : nullptr);
     }
     float* const gate_up = take(rows * 2 * kGateCols);
     for (int64_t j = 0; j < wide; j += kGateCols) {
@@ -297,8 +287,8 @@ class LayerTask {
 
   // gate_up [rows, 2 * kGateCols] = columns j .. j + cols - 1 of gate and of up
   template <typename Wanted>
-  void project_gate_up(int64_t row0, int64_t rows, int64_t j, int64_t cols, const PackedRows<Lanes>& x,
-                       const PackedRows<Lanes>& base_x, bool has_mid, float* gate_up, const Wanted& wanted) {
+  void project_gate_up(int64_t row0, int64_t rows, int64_t j, int64_t cols, const Rows& x, const Rows& base_x,
+                       bool has_mid, float* gate_up, const Wanted& wanted) {
     const int64_t wide = layer_.intermediate;
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t column = half * wide + j;
@@ -307,7 +297,10 @@ class LayerTask {
       for (int64_t i = 0; i < rows; ++i) {
         const float* from =
             projection->bias == nullptr ? nullptr : projection->bias + column - projection->first;
-        if (kIsChange) from = at(part(row0 + i).base.gate_up, row_index_[row0 + i], 2 * wide) + column;
+        if (kIsChange) {
+          from = at(part(row0 + i).base.gate_up, row_index_[row0 + i], 2 * wide) + column;
+          fetch_row(reinterpret_cast<const char*>(from + cols), cols * sizeof(float));  // the next columns
+        }
         fill(gate_up + (2 * i + half) * kGateCols, from, cols);
       }
       add(*projection, column - projection->first, cols, x, base_x, has_mid, gate_up + half * kGateCols,
@@ -323,7 +316,7 @@ class LayerTask {
 
   // Columns j .. j + cols - 1 of row i of h (and of base_h): the gated products, kChange: their difference.
   void gate_row(int64_t row, int64_t i, int64_t j, int64_t cols, bool own, const float* gate_up,
-                const PackedRows<Lanes>& h, const PackedRows<Lanes>* base_h) const {
+                const Rows& h, const Rows* base_h) const {
     const float* base = at(part(row).base.gate_up, row_index_[row], 2 * layer_.intermediate);
     const float* mine = own ? gate_up + 2 * i * kGateCols : base + j;
     const int64_t to_up = own ? kGateCols : layer_.intermediate;
@@ -332,15 +325,15 @@ class LayerTask {
         return gated<kArithmetic>(load_vector(gate, at, cols), load_vector(gate + up, at, cols));
       };
       if (!kIsChange) {
-        Lanes::store_32(h.at(i, j + k), product(mine, to_up, k), product(mine, to_up, k + 16));
+        h.store_32(i, j + k, product(mine, to_up, k), product(mine, to_up, k + 16));
         continue;
       }
       const __m512 low = product(base + j, layer_.intermediate, k);
       const __m512 high = product(base + j, layer_.intermediate, k + 16);
-      if (base_h != nullptr) Lanes::store_32(base_h->at(i, j + k), low, high);
+      if (base_h != nullptr) base_h->store_32(i, j + k, low, high);
       if (own) {
-        Lanes::store_32(h.at(i, j + k), _mm512_sub_ps(product(mine, to_up, k), low),
-                        _mm512_sub_ps(product(mine, to_up, k + 16), high));
+        h.store_32(i, j + k, _mm512_sub_ps(product(mine, to_up, k), low),
+                   _mm512_sub_ps(product(mine, to_up, k + 16), high));
       }
     }
   }

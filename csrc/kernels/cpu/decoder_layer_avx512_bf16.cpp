@@ -5,12 +5,12 @@ namespace dtm_fast {
 
 void layer_change_avx512_bf16(const DecoderLayer& layer, const SequencePart* parts, int64_t count,
                               float* scratch) {
-  LayerTask<PairLanes, LayerArithmetic::kChange>(layer, parts, count, scratch).run();
+  LayerTask<PackedRows<PairLanes>, LayerArithmetic::kChange>(layer, parts, count, scratch).run();
 }
 
 void layer_bfloat16_avx512_bf16(const DecoderLayer& layer, const SequencePart* parts, int64_t count,
                                 float* scratch) {
-  LayerTask<PairLanes, LayerArithmetic::kBfloat16>(layer, parts, count, scratch).run();
+  LayerTask<PackedRows<PairLanes>, LayerArithmetic::kBfloat16>(layer, parts, count, scratch).run();
 }
 
 void pack_rows_pairs_avx512_bf16(const float* matrix, int64_t rows, int64_t K, float* panel) {

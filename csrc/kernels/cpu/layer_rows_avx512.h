@@ -48,9 +48,9 @@ DTM_FAST_INLINE __m512 normed(__m512 value, __m512 inverse, __m512 weight) {
 
 // row of `rows` = RMS norm of x (kChange: of base + x less that of base, the latter also to base_rows where
 // there are any; x nullptr: 0)
-template <typename Lanes, LayerArithmetic kArithmetic>
+template <LayerArithmetic kArithmetic, typename Rows>
 void norm_row(const float* x, const float* base, const float* weight, float eps, int64_t row,
-              const PackedRows<Lanes>& rows, const PackedRows<Lanes>* base_rows) {
+              const Rows& rows, const Rows* base_rows) {
   const int64_t depth = rows.depth();
   if (kArithmetic != LayerArithmetic::kChange) {
     const auto value = [&](int64_t k) { return load_vector(x, k, depth); };
@@ -59,7 +59,7 @@ void norm_row(const float* x, const float* base, const float* weight, float eps,
       const auto at = [&](int64_t j) {
         return normed<kArithmetic>(value(j), inverse, load_vector(weight, j, depth));
       };
-      Lanes::store_32(rows.at(row, k), at(k), at(k + 16));
+      rows.store_32(row, k, at(k), at(k + 16));
     }
     return;
   }
@@ -70,7 +70,7 @@ void norm_row(const float* x, const float* base, const float* weight, float eps,
       const auto at = [&](int64_t j) {
         return normed<kArithmetic>(before(j), inverse, load_vector(weight, j, depth));
       };
-      Lanes::store_32(base_rows->at(row, k), at(k), at(k + 16));
+      base_rows->store_32(row, k, at(k), at(k + 16));
     }
   }
   if (x == nullptr) return;
@@ -82,19 +82,19 @@ void norm_row(const float* x, const float* base, const float* weight, float eps,
       return _mm512_sub_ps(normed<kArithmetic>(after(j), new_inverse, w),
                            normed<kArithmetic>(before(j), inverse, w));
     };
-    Lanes::store_32(rows.at(row, k), at(k), at(k + 16));
+    rows.store_32(row, k, at(k), at(k + 16));
   }
 }
 
 // row of `rows` = x, or x - base where there is a base
-template <typename Lanes>
-void copy_row(const float* x, const float* base, int64_t row, const PackedRows<Lanes>& rows) {
+template <typename Rows>
+void copy_row(const float* x, const float* base, int64_t row, const Rows& rows) {
   const int64_t depth = rows.depth();
   const auto at = [&](int64_t k) {
     const __m512 value = load_vector(x, k, depth);
     return base == nullptr ? value : _mm512_sub_ps(value, load_vector(base, k, depth));
   };
-  for (int64_t k = 0; k < depth; k += 32) Lanes::store_32(rows.at(row, k), at(k), at(k + 16));
+  for (int64_t k = 0; k < depth; k += 32) rows.store_32(row, k, at(k), at(k + 16));
 }
 
 // exp(x) of any x: exp(-|x|) or its inverse.

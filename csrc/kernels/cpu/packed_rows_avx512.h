@@ -19,6 +19,10 @@ constexpr int64_t panel_lanes(int64_t K) {
 template <typename Lanes>
 class PackedRows {
  public:
+  // Rows that go through the second half of a decoder layer together: all that they need, some 500 KB, stays
+  // in the second-level cache.
+  static constexpr int64_t kChunkRows = 96;
+
   PackedRows(float* data, int64_t rows, int64_t depth)
       : data_(data), rows_(rows), depth_(depth), blocks_((rows + kMaxRows - 1) / kMaxRows) {}
 
@@ -32,7 +36,15 @@ class PackedRows {
   int64_t first_row(int64_t block) const { return block * rows_ / blocks_; }
   const float* block(int64_t b) const { return data_ + b * block_size(depth_); }
 
-  // Where 32 elements of a row go, k being a multiple of 32: 32 floats, or 16 pairs.
+  // Of a panel, for each of its columns.
+  static int64_t panel_floats(int64_t K) { return panel_lanes<Lanes>(K); }
+
+  // 32 elements of a row, k being a multiple of 32.
+  void store_32(int64_t row, int64_t k, __m512 low, __m512 high) const {
+    Lanes::store_32(at(row, k), low, high);
+  }
+
+ private:
   float* at(int64_t row, int64_t k) const {
     int64_t b = (row + 1) * blocks_ / rows_;
     while (b >= blocks_ || first_row(b) > row) --b;
@@ -41,7 +53,6 @@ class PackedRows {
            (row - first_row(b)) * kGemmBlockK + lane % kGemmBlockK;
   }
 
- private:
   static int64_t block_size(int64_t depth) {
     const int64_t written = (depth + 31) / 32 * 32 / Lanes::kLaneK;  // 32 elements at a time
     return (written + kGemmBlockK - 1) / kGemmBlockK * kGemmBlockK * kMaxRows;
