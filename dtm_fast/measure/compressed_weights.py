@@ -3,12 +3,13 @@
 from collections import OrderedDict
 
 import torch
+from torch import Tensor
 
 from dtm_fast.compression import Treatment
 from dtm_fast.model import Component
 from dtm_fast.ops.decoder_layer import Arithmetic, PackedMatrix
 
-_Key = tuple[str, str, Arithmetic]
+_Key = tuple[str, str, Arithmetic, str]
 
 
 class CompressedWeights:
@@ -26,23 +27,35 @@ class CompressedWeights:
 
     @torch.no_grad()
     def packed(
-        self, component: Component, treatment: Treatment, arithmetic: Arithmetic
+        self,
+        component: Component,
+        treatment: Treatment | None,
+        arithmetic: Arithmetic,
+        base: Treatment | None = None,
     ) -> tuple[PackedMatrix, PackedMatrix | None]:
-        """The compressed weight, and for ``Arithmetic.CHANGE`` what it is more than the original."""
-        key = (component.path, treatment.key, arithmetic)
+        """The compressed weight, and for differences what it is more than that of the base; None: the original."""
+        key = (component.path, _name(treatment), arithmetic, _name(base))
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
-        compressed = treatment.compress(component.weight).float()
+        compressed = _compressed(component, treatment)
         change = None
-        if arithmetic == Arithmetic.CHANGE:
-            change = PackedMatrix.pack(compressed - component.weight.float(), arithmetic)
+        if arithmetic.is_change:
+            change = PackedMatrix.pack(compressed - _compressed(component, base), arithmetic)
         pair = (PackedMatrix.pack(compressed, arithmetic), change)
         self._known[key] = pair
         self._size += _bytes(pair)
         while self._size > self._bound and len(self._known) > 1:
             self._size -= _bytes(self._known.popitem(last=False)[1])
         return pair
+
+
+def _compressed(component: Component, treatment: Treatment | None) -> Tensor:
+    return (component.weight if treatment is None else treatment.compress(component.weight)).float()
+
+
+def _name(treatment: Treatment | None) -> str:
+    return "" if treatment is None else treatment.key
 
 
 def _bytes(pair: tuple[PackedMatrix, PackedMatrix | None]) -> int:

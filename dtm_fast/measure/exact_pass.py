@@ -1,15 +1,17 @@
-"""What a fast arithmetic left uncertain, computed exactly: the probes of many configurations in one pass."""
+"""What a fast arithmetic left uncertain, computed finer: the probes of many configurations in one pass."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dtm_fast.compression import Configuration
-from dtm_fast.measure.first_divergence import FirstDivergence
+from dtm_fast.measure.first_divergence import FirstDivergence, error_of
 from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.head import Head
+from dtm_fast.measure.prefix_tree import key_of
+from dtm_fast.ops.decoder_layer import Arithmetic
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,59 +20,73 @@ class Doubt:
 
     Attributes:
         by_layer: what is done to the components of each layer, for those that are treated.
+        start: the first layer that differs from the base's.
         probe: which.
         last: the last position of its completion that is in doubt.
-        found: where the exact answer goes.
+        found: where the answer goes.
     """
 
     by_layer: Mapping[int, Configuration]
+    start: int
     probe: int
     last: int
     found: FirstDivergence
 
 
-@torch.no_grad()
 def settle(layers: FusedLayers, head: Head, doubts: Sequence[Doubt], prefix: int) -> None:
-    """Corrects FDT and lead where exact arithmetic says otherwise.
+    """Corrects FDT and lead where exact arithmetic says otherwise."""
+    for arithmetic in layers.finer:
+        doubts = _settled_by(arithmetic, layers, head, doubts, prefix)
+    assert not doubts, "the last arithmetic is exact"
 
-    Layer by layer: from its first treated layer on, every doubt takes part, and those for which a layer is the same
-    go through it together.
+
+@torch.no_grad()
+def _settled_by(
+    arithmetic: Arithmetic, layers: FusedLayers, head: Head, doubts: Sequence[Doubt], prefix: int
+) -> list[Doubt]:
+    """Corrects what this arithmetic is certain of, and returns what is still in doubt.
+
+    Layer by layer: from its first layer that differs on, every doubt takes part, and those for which a layer is the
+    same go through it together.
     """
     if not doubts:
-        return
+        return []
     lengths = [prefix + doubt.last for doubt in doubts]  # the last position predicts the token behind it
     end = max(lengths)
     x = torch.zeros(len(doubts), end, layers.shape.hidden)
     kv = layers.new_kv(len(doubts))
-    starts = [min(doubt.by_layer) for doubt in doubts]
+    starts = [doubt.start for doubt in doubts]
     for layer in range(min(starts), layers.depth):
         groups: dict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
         for index, doubt in enumerate(doubts):
             if starts[index] <= layer:
-                groups[_key(doubt.by_layer.get(layer, {}))].append(index)
+                groups[key_of(doubt.by_layer.get(layer, {}))].append(index)
         for members in groups.values():
             entering = [index for index in members if starts[index] == layer]
-            if entering:
+            if entering and not arithmetic.is_change:
                 x[entering] = layers.base(layer, [doubts[index].probe for index in entering], 0, end)
             x[members] = layers.run(
                 layer,
                 doubts[members[0]].by_layer.get(layer, {}),
                 x[members],
-                layers.exact,
+                arithmetic,
                 [doubts[index].probe for index in members],
                 0,
                 end,
                 lengths=[lengths[index] for index in members],
                 kv=kv,
             )
+    left = []
     for index, doubt in enumerate(doubts):
         state = x[index : index + 1, prefix - 1 : lengths[index]]
-        hidden = layers.head_input(state, layers.exact, [doubt.probe], prefix - 1, lengths[index])
-        decided = head.decide(hidden, [doubt.probe], 0)
-        if bool(decided.mismatch.any()):
-            at = int(decided.mismatch[0].int().argmax())
+        hidden = layers.head_input(state, arithmetic, [doubt.probe], prefix - 1, lengths[index])
+        error = error_of(arithmetic, layers.depth - starts[index], layers.shape.hidden)
+        decided = head.decide(hidden, [doubt.probe], 0, error)
+        sure = (decided.mismatch & decided.certain)[0]
+        at = int(sure.int().argmax()) if bool(sure.any()) else len(sure)
+        if at < len(sure):
             doubt.found.fdt[doubt.probe], doubt.found.lead[doubt.probe] = at, decided.lead[0, at]
-
-
-def _key(treatments: Configuration) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((path, treatment.key) for path, treatment in treatments.items()))
+        uncertain = (~decided.certain[0, :at]).nonzero()
+        if len(uncertain):
+            left.append(replace(doubt, last=int(uncertain[-1])))
+    return left

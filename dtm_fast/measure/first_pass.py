@@ -13,7 +13,7 @@ from dtm_fast.measure.exact_pass import Doubt, settle
 from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_divergence
 from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.head import Head
-from dtm_fast.measure.prefix_tree import Node, layers_of, tree_of, walk
+from dtm_fast.measure.prefix_tree import Node, first_difference, layers_of, tree_of, walk
 from dtm_fast.measure.racing import Contest, Dropped, name_of
 from dtm_fast.ops.decoder_layer import Arithmetic
 
@@ -57,7 +57,7 @@ class FirstPass:
         """FDT and lead of each configuration, or why there are none, with the indices of those that equal it.
 
         Args:
-            configurations: none of them the base.
+            configurations: none of them empty.
             contest: says whom to drop; it is told of everyone who was measured.
         """
         for arithmetic in (self._fused.arithmetic, self._fused.exact):
@@ -83,7 +83,7 @@ class FirstPass:
             return self._fused.run(node.layer - 1, node.treatments, state, arithmetic, everyone)
 
         waiting: list[_Waiting] = []
-        root = tree_of(self._fused.decoder, configurations)
+        root = tree_of(self._fused.decoder, configurations, self._fused.treatments)
         handed = walk(root, None, advance, stop_at_chains=True)
         for node, state in handed if contest is None else _by_name(handed, configurations):
             chain = node.chain()
@@ -97,8 +97,8 @@ class FirstPass:
                     yield indices, Dropped(configuration, highest, unread.seen, proved=True)
                     continue
             by_layer = layers_of(self._fused.decoder, configuration)
-            differing = self._fused.depth - min(by_layer)
-            error = error_of(arithmetic, differing, self._fused.shape.hidden)
+            start = first_difference(by_layer, self._fused.treatments, self._fused.depth)
+            error = error_of(arithmetic, self._fused.depth - start, self._fused.shape.hidden)
             self.layer_evaluations += len(steps)
             referee = None if contest is None else contest.referee(configuration)
             try:
@@ -118,7 +118,9 @@ class FirstPass:
             if referee is not None and referee.lost is not None:
                 yield indices, referee.lost
                 continue
-            doubts = [Doubt(by_layer, probe, last, found) for probe, (_, last) in found.uncertain.items()]
+            doubts = [
+                Doubt(by_layer, start, probe, last, found) for probe, (_, last) in found.uncertain.items()
+            ]
             waiting.append(_Waiting(indices, configuration, found, doubts))
             if not doubts or sum(len(each.doubts) for each in waiting) >= _DOUBTS:
                 ready = waiting if doubts else [waiting.pop()]

@@ -1,6 +1,7 @@
 """The layers of a decoder of Llama's kind by the fused kernel, on states that are kept of the base."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,9 @@ from dtm_fast.compression import Configuration
 from dtm_fast.errors import ModelError
 from dtm_fast.measure.compressed_weights import CompressedWeights
 from dtm_fast.measure.model_layers import ModelLayers
+from dtm_fast.measure.prefix_tree import layers_of
 from dtm_fast.measure.tensor_store import TensorStore
-from dtm_fast.model import Decoder
+from dtm_fast.model import Component, Decoder
 from dtm_fast.model.gated_decoder import LayerParts, parts_of
 from dtm_fast.model.stepping import has_plain_head, record
 from dtm_fast.ops import native
@@ -29,15 +31,16 @@ from dtm_fast.ops.decoder_layer import (
 # How far a layer may be from transformers' own, in units of what the layer adds to its input.
 _DEVIATION = {Arithmetic.FLOAT32: 2e-5, Arithmetic.BFLOAT16: 0.05}
 
-# Layers for exact arithmetic beside those for the fastest are a second copy of the model: bytes up to which it is kept.
+# Layers for settling doubts beside those for the fastest arithmetic are a second copy of the model: bytes up to which
+# it is kept.
 _SECOND_COPY = 512 * 2**20
 
 
 class FusedLayers:
     """Runs layers on some of the probes and some of their positions.
 
-    A state is a float32 tensor [R, T, hidden] for R of the probes: the residual stream, or for ``Arithmetic.CHANGE``
-    its difference to the base's; None is the base's own.
+    The base is the model as it is, or one of its configurations. A state is a float32 tensor [R, T, hidden] for R of
+    the probes: the residual stream, or for a change its difference to the base's; None is the base's own.
 
     Args:
         parts: the layers', from ``checked_parts``.
@@ -62,23 +65,52 @@ class FusedLayers:
         self.positions = probes.tokens.shape[1] - 1  # nothing follows the last token
         self.shape = parts[0].shape
         self.exact = _exact(self.decoder)
-        self.has_change = self.exact == Arithmetic.FLOAT32 and has_arithmetic(Arithmetic.CHANGE)
+        self._changes = [
+            each
+            for each in (Arithmetic.CHANGE, Arithmetic.FINE_CHANGE)
+            if self.exact == Arithmetic.FLOAT32 and has_arithmetic(each)
+        ]
         self._parts = parts
         weights = [module.weight for each in parts for _, module in each.projections]
-        self._keeps_second_copy = 4 * sum(weight.numel() for weight in weights) <= _SECOND_COPY
+        self._has_second_copy = 4 * sum(weight.numel() for weight in weights) <= _SECOND_COPY
         self._model_layers = model_layers
         self._store = store
         self._packed: dict[tuple[int, Arithmetic], DecoderLayer] = {}
         self._weights = CompressedWeights()
+        self.treatments: Mapping[int, Configuration] = {}
+        """What the base has of them, by layer."""
+        self._origin: FusedLayers | None = None
         self._kv: dict[int, Tensor] = {}
         self._inner: dict[int, States] = {}
         self._norm: Any = self.decoder.model.base_model.norm
         self._record(memory)
 
+    def rebased(self, configuration: Configuration, memory: int | None = None) -> "FusedLayers":
+        """The same layers on the states of a configuration that ``can_run_in_parts``."""
+        assert self._origin is None
+        assert self.can_run_in_parts(configuration)
+        other = copy.copy(self)
+        other._origin = self
+        other.treatments = layers_of(self.decoder, configuration)
+        other._store = TensorStore(memory)
+        other._packed, other._kv, other._inner = {}, {}, {}
+        other._record(memory)
+        return other
+
+    @property
+    def of_the_model(self) -> "FusedLayers":
+        """Those on the model's own states."""
+        return self._origin or self
+
     @property
     def arithmetic(self) -> Arithmetic:
         """The fastest one."""
-        return Arithmetic.CHANGE if self.has_change else self.exact
+        return (*self._changes, self.exact)[0]
+
+    @property
+    def finer(self) -> tuple[Arithmetic, ...]:
+        """What settles doubts that the fastest one leaves, one after the other; the last is exact."""
+        return (*self._changes[1:], self.exact)
 
     def base(self, layer: int, rows: Sequence[int], first: int = 0, end: int | None = None) -> Tensor:
         """The base's residual stream before ``layer``, [R, T, hidden]."""
@@ -107,7 +139,7 @@ class FusedLayers:
             layer: its number.
             treatments: of its components.
             x: the state before it, for positions first .. end - 1.
-            arithmetic: the exact one or ``CHANGE``.
+            arithmetic: the fastest or one of the finer ones.
             rows: which probes these are.
             first: the first position; those before it must have been run with the same treatments below.
             end: behind the last position.
@@ -116,7 +148,7 @@ class FusedLayers:
             kv: [R, positions, 2 * kv columns] to hold keys and values; by default, rows of what belongs to the layer.
         """
         end = self.positions if end is None else end
-        if arithmetic == Arithmetic.CHANGE and layer not in self._inner:
+        if arithmetic.is_change and layer not in self._inner:
             state = self.base(layer, rows, first, end)
             state = state if x is None else state + x
             out = self.run(layer, treatments, state, self.exact, rows, first, end, first_output, lengths, kv)
@@ -145,7 +177,7 @@ class FusedLayers:
         self, state: Tensor | None, arithmetic: Arithmetic, rows: Sequence[int], first: int, end: int
     ) -> Tensor:
         """What the head multiplies: the final norm of a state of positions first .. end - 1."""
-        if state is None or arithmetic == Arithmetic.CHANGE:
+        if state is None or arithmetic.is_change:
             base = self.base(self.depth, rows, first, end)
             state = base if state is None else base + state
         return self._norm(state.to(self.decoder.model.dtype))  # type: ignore[no-any-return]
@@ -179,10 +211,29 @@ class FusedLayers:
     def _layer(self, layer: int, arithmetic: Arithmetic) -> DecoderLayer:
         key = (layer, arithmetic)
         if key not in self._packed:
-            if self.has_change and arithmetic == self.exact and not self._keeps_second_copy:
+            if not self._keeps(arithmetic):
                 self._packed = {k: v for k, v in self._packed.items() if k[1] != arithmetic}
-            self._packed[key] = _packed(self._parts[layer], arithmetic)
+            self._packed[key] = self._pack(layer, arithmetic)
         return self._packed[key]
+
+    @torch.no_grad()
+    def _pack(self, layer: int, arithmetic: Arithmetic) -> DecoderLayer:
+        if self._origin is None:
+            return _packed(self._parts[layer], arithmetic)
+        weights = self._origin._layer(layer, arithmetic)
+        for path, treatment in self.treatments.get(layer, {}).items():
+            component, index = self._place_of(layer, path)
+            weight = PackedMatrix.pack(treatment.compress(component.weight), arithmetic)
+            weights = weights.with_projection(index, replace(weights.projections[index], weight=weight))
+        return weights
+
+    def _place_of(self, layer: int, path: str) -> tuple[Component, int]:
+        component = self.decoder.component(path)
+        return component, [name for name, _ in self._parts[layer].projections].index(component.name)
+
+    def _keeps(self, arithmetic: Arithmetic) -> bool:
+        """Whether the layers packed for it stay: for the fastest, and for what comes next if there is room."""
+        return arithmetic == self.arithmetic or (arithmetic == self.finer[0] and self._has_second_copy)
 
     def _is_known(self, path: str, treatments: Configuration) -> bool:
         component = self.decoder.component(path)
@@ -193,12 +244,14 @@ class FusedLayers:
         self, layer: int, treatments: Configuration, arithmetic: Arithmetic, from_base: bool
     ) -> DecoderLayer:
         weights = self._layer(layer, arithmetic)
-        names = [name for name, _ in self._parts[layer].projections]
+        base = self.treatments.get(layer, {})
         indices = []
-        for path, treatment in treatments.items():
-            component = self.decoder.component(path)
-            index = names.index(component.name)
-            weight, change = self._weights.packed(component, treatment, arithmetic)
+        for path in dict.fromkeys((*base, *treatments)):
+            own, its = treatments.get(path), base.get(path)
+            if own is not None and its is not None and own.key == its.key:
+                continue
+            component, index = self._place_of(layer, path)
+            weight, change = self._weights.packed(component, own, arithmetic, its)
             projection = replace(weights.projections[index], weight=weight, change=change)
             weights = weights.with_projection(index, projection)
             indices.append(index)
@@ -218,9 +271,9 @@ class FusedLayers:
         assert list(rows) == list(range(self.count))
         assert x is None or x.shape[1] == self.positions
         base = self.base(layer, rows)
-        state = base if x is None else base + x if arithmetic == Arithmetic.CHANGE else x
+        state = base if x is None else base + x if arithmetic.is_change else x
         out = self._model_layers.advance_whole(state, layer, treatments)
-        return out - self.base(layer + 1, rows) if arithmetic == Arithmetic.CHANGE else out
+        return out - self.base(layer + 1, rows) if arithmetic.is_change else out
 
 
 def checked_parts(decoder: Decoder, tokens: Tensor) -> list[LayerParts]:

@@ -127,7 +127,7 @@ class Head:
         rivals = screen.rivals(flat[rows], self._weight, reference[rows], reach[rows])
         rivals.scatter_(1, reference[rows, None], True)
         # Those with few are taken together, so that one with many does not burden them.
-        for group in rivals.view(torch.uint8).sum(1, dtype=torch.int32).argsort().split(_GROUP):
+        for group in _row_counts(rivals).argsort().split(_GROUP):
             tokens = rivals[group].any(0).nonzero()[:, 0]
             if len(tokens) < _WORTHWHILE * rivals.shape[1]:
                 yield rows[group], tokens, rivals[group][:, tokens]
@@ -160,7 +160,7 @@ class Head:
             certain: filled in.
             leads: filled in.
         """
-        weight = self._weight if tokens is None else self._weight[tokens]
+        weight = self._weight if tokens is None else self._weight.index_select(0, tokens)
         wanted = reference[rows] if tokens is None else torch.searchsorted(tokens, reference[rows])
         logits = _linear(flat[rows], weight)
         mismatch[rows] = logits.argmax(dim=1) != wanted  # the lowest id, where logits are equal
@@ -199,6 +199,15 @@ def check_finite(hidden: Tensor) -> None:
 
 def _native() -> bool:
     return native.why_no_cpu_kernels() is None
+
+
+def _row_counts(marks: Tensor) -> Tensor:
+    """How many are True in each row of bool [R, V]."""
+    if marks.shape[1] % 8:
+        return marks.sum(1)
+    # torch adds single bytes slowly. Eight at a time, up to 255 of them: no byte of the sum carries.
+    sums = [part.sum(1, keepdim=True) for part in marks.view(torch.int64).split(255, dim=1)]
+    return torch.cat(sums, dim=1).view(torch.uint8).sum(1)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ class Node:
     Attributes:
         layer: how many layers have run; 0 at the root, all of them at a leaf.
         treatments: what is done to the components of the layer that leads here, number ``layer - 1``.
-        is_base: whether no layer below is treated: its state is the base's.
+        is_base: whether the layers below are treated as the base's: its state is the base's.
         children: the nodes one layer on.
         ends: indices of the configurations whose last state this is; only a leaf has any.
         size: the leaves below, itself included.
@@ -47,8 +47,10 @@ class Node:
         return found
 
 
-def tree_of(decoder: Decoder, configurations: Sequence[Configuration]) -> Node:
-    """The root of the tree of ``configurations``, which must fit the decoder."""
+def tree_of(
+    decoder: Decoder, configurations: Sequence[Configuration], base: Mapping[int, Configuration] = {}
+) -> Node:
+    """The root of the tree of ``configurations``, which must fit the decoder; ``base``: as ``layers_of`` gives it."""
     depth = len(decoder.layers)
     root = Node(0, {}, True)
     for index, configuration in enumerate(configurations):
@@ -56,14 +58,26 @@ def tree_of(decoder: Decoder, configurations: Sequence[Configuration]) -> Node:
         node = root
         for layer in range(depth):
             treatments = by_layer.get(layer, {})
-            key = tuple(sorted((path, treatment.key) for path, treatment in treatments.items()))
+            key = key_of(treatments)
             if key not in node.children:
-                node.children[key] = Node(layer + 1, treatments, node.is_base and not treatments)
+                is_base = node.is_base and key == key_of(base.get(layer, {}))
+                node.children[key] = Node(layer + 1, treatments, is_base)
             node = node.children[key]
         node.ends.append(index)
     for node in reversed(list(_top_down(root))):
         node.size = sum(child.size for child in node.children.values()) or 1
     return root
+
+
+def key_of(treatments: Configuration) -> _Key:
+    """Equal for equal treatments of a layer."""
+    return tuple(sorted((path, treatment.key) for path, treatment in treatments.items()))
+
+
+def first_difference(a: Mapping[int, Configuration], b: Mapping[int, Configuration], depth: int) -> int:
+    """The first layer that is treated differently, or ``depth``; both as ``layers_of`` gives them."""
+    differing = (layer for layer in range(depth) if key_of(a.get(layer, {})) != key_of(b.get(layer, {})))
+    return next(differing, depth)
 
 
 def layers_of(decoder: Decoder, configuration: Configuration) -> dict[int, dict[str, Treatment]]:

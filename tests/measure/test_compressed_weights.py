@@ -39,7 +39,7 @@ def assert_is_the_treated_weight(
     compressed = treatment.compress(component.weight).float()
     assert not torch.equal(compressed, component.weight)
     assert_packs(weight, compressed, arithmetic)
-    if arithmetic == Arithmetic.CHANGE:
+    if arithmetic.is_change:
         assert_packs(change, compressed - component.weight.float(), arithmetic)
     else:
         assert change is None

@@ -350,3 +350,52 @@ def test_a_race_needs_the_fused_layers(make_probes):
     model = tiny.model_of("gpt2")
     with pytest.raises(ValueError, match="a race needs the fused layers; here run transformers' own"):
         dtm.Evaluator(model, make_probes(model, 2)).best([{}], 1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", [None, 0, 100_000])
+def test_from_the_states_of_a_configuration_fdt_is_the_same(make_probes, draw_configuration, dtype, memory):
+    if not has_arithmetic(Arithmetic.FLOAT32 if dtype == torch.float32 else Arithmetic.BFLOAT16):
+        pytest.skip(f"{native.cpu_isa()} has no kernel for layers in {dtype}")
+    model = tiny.model_of("llama").to(dtype)
+    evaluator = dtm.Evaluator(model, make_probes(model, 6))
+    paths = dtm.components(model)
+    parent = dict.fromkeys(paths[::2], dtm.Int8()) | {UP: dtm.Prune(0.3)}
+    configurations = [
+        {},
+        parent,
+        *(parent | {path: treatment} for path in paths for treatment in (dtm.Int8(), dtm.Prune(0.5))),
+        *({name: its for name, its in parent.items() if name != path} for path in parent),
+        parent | {UP: dtm.W8A8()},
+        *some(paths, draw_configuration, 5),
+    ]
+    rebased = evaluator.rebased(parent, memory=memory)
+    found, expected = rebased.measure(configurations, ()), evaluator.measure(configurations, ())
+    assert [each.fdt.tolist() for each in found] == [each.fdt.tolist() for each in expected]
+    for ours, other in zip(found, expected, strict=True):
+        assert torch.allclose(ours.first_margin, other.first_margin, rtol=0.05, atol=0.05, equal_nan=True)
+    assert_same(rebased.measure([parent], ("sdt",))[0], evaluator.measure([parent], ("sdt",))[0])
+    again = rebased.rebased(configurations[5], memory=memory).measure(configurations[5:6], ())
+    assert again[0].fdt.tolist() == expected[5].fdt.tolist()
+
+
+@needs_kernels
+def test_from_the_states_of_a_configuration_only_what_differs_is_run(llama, make_probes):
+    evaluator = dtm.Evaluator(llama, make_probes(llama, 6))
+    parent = dict.fromkeys(dtm.components(llama)[::2], dtm.Int8())
+    last = f"model.layers.{len(evaluator.decoder.layers) - 1}.mlp.up_proj"
+    rebased = evaluator.rebased(parent)
+    rebased.measure([parent, parent | {last: dtm.Prune(0.5)}], ())
+    assert rebased.layer_evaluations == 1
+
+
+@needs_kernels
+def test_states_to_start_from_that_cannot_be_had_are_refused(llama, make_probes):
+    probes = make_probes(llama, 6)
+    with pytest.raises(ValueError, match="only fused layers can start from other states"):
+        dtm.Evaluator(llama, probes, layers="transformers").rebased({UP: dtm.Int8()})
+    with pytest.raises(ValueError, match=f"do not know w8a8.* of {UP}"):
+        dtm.Evaluator(llama, probes).rebased({UP: dtm.W8A8()})
+    with pytest.raises(ComponentError):
+        dtm.Evaluator(llama, probes).rebased({"lm_head": dtm.Int8()})
