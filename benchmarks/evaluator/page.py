@@ -99,7 +99,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
         if "beam" in result:
             lines.append(
                 f"- {dtype}, beam: {result['beam']['configurations_per_second']:.2f} configurations/s, mean FDT "
-                f"{result['beam']['mean_fdt']:.1f}."
+                f"{result['beam']['mean_fdt']:.1f}; computing a parent's states, which is counted, takes "
+                f"{result['beam']['start_seconds']:.1f} s."
             )
         for treatment, found in result.get("sensitivity", {}).items():
             lines.append(

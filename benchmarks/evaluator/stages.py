@@ -16,21 +16,21 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("compressing and packing weights", CompressedWeights, "packed"),
     ("layers", FusedLayers, "run"),
     ("head", Head, "decide"),
-    ("exact arithmetic for what is in doubt", first_pass, "settle"),
+    ("finer arithmetic for what is in doubt", first_pass, "settle"),
 )
 REST = "everything else"
 
 
 @contextmanager
 def timed() -> Iterator[dict[str, float]]:
-    """Seconds of each part within the context, filled in when it ends. What runs within the exact pass counts there."""
+    """Seconds of each part within the context, filled in when it ends. What runs within the finer pass counts there."""
     spent: dict[str, float] = defaultdict(float)
     running: list[tuple[str, float]] = []
-    exact = PARTS[3][0]
+    finer = PARTS[3][0]
 
     def wrapped(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if running and running[0][0] == exact:
+            if running and running[0][0] == finer:
                 return plain(*args, **kwargs)
             now = time.perf_counter()
             if running:

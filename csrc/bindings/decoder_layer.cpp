@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../kernels/cpu/large_pages.h"
 #include "bind.h"
 
 namespace py = pybind11;
@@ -76,6 +77,12 @@ void bind_decoder_layer(py::module_& module) {
   module.def("packed_matrix_size", [](int arithmetic, int64_t N, int64_t K) {
     return packed_matrix_size(LayerArithmetic(arithmetic), N, K);
   });
+  module.def(
+      "populate_large_pages",
+      [](int num_threads, Address data, int64_t bytes) {
+        populate_large_pages(pointer<char>(data), bytes, num_threads);
+      },
+      ReleaseGil());
   module.def(
       "pack_matrix",
       [](int isa, int num_threads, int arithmetic, Address matrix, int64_t N, int64_t K, Address packed) {

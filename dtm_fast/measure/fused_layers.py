@@ -26,6 +26,7 @@ from dtm_fast.ops.decoder_layer import (
     States,
     decoder_layer,
     has_arithmetic,
+    new_states,
 )
 
 # How far a layer may be from transformers' own, in units of what the layer adds to its input.
@@ -192,8 +193,7 @@ class FusedLayers:
         return self._kv[layer]
 
     def _record(self, memory: int | None) -> None:
-        widths = {name: width for name, width in self.shape.widths.items() if name != "input"}
-        size = 4 * self.count * self.positions * sum(widths.values())
+        size = 4 * self.count * self.positions * (sum(self.shape.widths.values()) - self.shape.hidden)
         x = self._model_layers.entering(0)[:, : self.positions].float().contiguous()
         left = None if memory is None else memory - (self.depth + 1) * x.nbytes
         kept = self.depth if left is None else min(self.depth, max(0, left) // size)
@@ -202,8 +202,7 @@ class FusedLayers:
             self._store.put(layer, x)
             out, keep = torch.empty_like(x), States()
             if layer >= self.depth - kept:
-                keep = States(**{n: x.new_empty(*x.shape[:2], width) for n, width in widths.items()})
-                self._inner[layer] = keep
+                keep = self._inner[layer] = new_states(self.shape, *x.shape[:2])
             decoder_layer(self._layer(layer, self.exact), x, out, kv, keep=keep)
             x = out
         self._store.put(self.depth, x)

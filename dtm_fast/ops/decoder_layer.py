@@ -226,6 +226,16 @@ class States:
         return (self.input, self.qkv, self.attention, self.mid, self.gate_up)
 
 
+def new_states(shape: LayerShape, sequences: int, positions: int) -> States:
+    """Room for all states but the input, side by side: many are read anew for every layer, so on large pages."""
+    cpu, _, threads = native.cpu_call()
+    sizes = {name: sequences * positions * n for name, n in shape.widths.items() if name != "input"}
+    room = torch.empty(sum(sizes.values()))
+    cpu.populate_large_pages(threads, room.data_ptr(), room.nbytes)
+    parts = zip(sizes, room.split(list(sizes.values())), strict=True)
+    return States(**{name: part.view(sequences, positions, shape.widths[name]) for name, part in parts})
+
+
 def decoder_layer(
     layer: DecoderLayer,
     x: Tensor | None,

@@ -26,6 +26,7 @@ from dtm_fast.ops.decoder_layer import (
     States,
     decoder_layer,
     has_arithmetic,
+    new_states,
 )
 
 # The families whose layers the kernel computes.
@@ -362,3 +363,18 @@ def test_which_instruction_set_has_which_arithmetic(isas: tuple[str, ...]) -> No
             for missing in set(Arithmetic) - set(available()):
                 with pytest.raises(ValueError, match="instruction set"):
                     PackedMatrix.pack(torch.ones(2, 2), missing)
+
+
+@pytest.mark.parametrize("positions", [3, 500])  # more than 32 MiB: on large pages
+def test_new_states_are_room_for_all_but_the_input(positions: int) -> None:
+    needs(FLOAT32)
+    shape = LayerShape(576, 9, 3, 64, 1536, 1e-5, 0.125)
+    states = new_states(shape, 4, positions)
+    assert states.input is None
+    for name, width in shape.widths.items():
+        if name != "input":
+            state = getattr(states, name)
+            assert tuple(state.shape) == (4, positions, width)
+            assert state.is_contiguous()
+            state.fill_(width)
+    assert all(bool((getattr(states, n) == w).all()) for n, w in shape.widths.items() if n != "input")
