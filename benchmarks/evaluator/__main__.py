@@ -74,7 +74,8 @@ class Bench:
         draw = random.Random(0)
         ours, loops, others = [], [], []
         stages: dict[str, float] = {}
-        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again unseen
+        trim = ctypes.CDLL(None).malloc_trim
+        trim(0)  # or what was freed before would be used again unseen
         before, peak = status("VmRSS"), 0
         for index in range(SLICES):
             configurations = [
@@ -82,6 +83,7 @@ class Bench:
             ]
             self.disturbance()
             # proc(5): the peak is what is in use now, without the loop's.
+            trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             started = time.perf_counter()
             with timed() as spent:

@@ -29,11 +29,18 @@ int64_t copy_projections(const std::vector<Projection>& from, Projection* to, si
 
 void bind_decoder_layer(py::module_& module) {
   py::class_<Projection>(module, "Projection")
-      .def(py::init([](Address panels, Address change, Address bias, int64_t N, int64_t first) {
-             return Projection{pointer<float>(panels), pointer<float>(change), pointer<float>(bias), N,
+      .def(py::init([](Address panels, Address change, Address panels_rest, Address change_rest, Address bias,
+                       int64_t N, int64_t first) {
+             return Projection{pointer<float>(panels),
+                               pointer<float>(change),
+                               pointer<float>(panels_rest),
+                               pointer<float>(change_rest),
+                               pointer<float>(bias),
+                               N,
                                first};
            }),
-           py::arg("panels"), py::arg("change"), py::arg("bias"), py::arg("N"), py::arg("first"));
+           py::arg("panels"), py::arg("change"), py::arg("panels_rest"), py::arg("change_rest"),
+           py::arg("bias"), py::arg("N"), py::arg("first"));
 
   py::class_<DecoderLayer>(module, "DecoderLayer")
       .def(py::init([](int arithmetic, int start, int64_t hidden, int64_t heads, int64_t kv_heads,

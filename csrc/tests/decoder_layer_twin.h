@@ -117,8 +117,13 @@ class PackedLayer {
         change[i] = weight[i] - base->weight[static_cast<size_t>(first * all.K) + i];
         differs = differs || change[i] != 0.0f;
       }
-      *to++ = {pack(weight, N, all.K), differs ? pack(change.data(), N, all.K) : nullptr,
-               all.bias.empty() ? nullptr : all.bias.data() + first, N, first};
+      *to++ = {pack(weight, N, all.K),
+               differs ? pack(change.data(), N, all.K) : nullptr,
+               pack_rest(weight, N, all.K),
+               differs ? pack_rest(change.data(), N, all.K) : nullptr,
+               all.bias.empty() ? nullptr : all.bias.data() + first,
+               N,
+               first};
       first += N;
     }
     return static_cast<int64_t>(columns.size());
@@ -127,6 +132,13 @@ class PackedLayer {
     packed_.emplace_back(packed_matrix_size(layer.arithmetic, N, K));
     pack_matrix(isa_, layer.arithmetic, matrix, N, K, packed_.back().data(), 1);
     return packed_.back().data();
+  }
+
+  const float* pack_rest(const float* matrix, int64_t N, int64_t K) {
+    if (layer.arithmetic != LayerArithmetic::kFineChange) return nullptr;
+    std::vector<float> rest(matrix, matrix + N * K);
+    for (float& each : rest) each -= static_cast<float>(rounded_to_bfloat16(double{each}));
+    return pack(rest.data(), N, K);
   }
 
   CpuIsa isa_;

@@ -281,7 +281,7 @@ void test_packed_size(CpuIsa isa, LayerArithmetic arithmetic) {
       GuardedBuffer<float> packed(size);
       std::fill_n(packed.data(), size, kNan);
       pack_matrix(isa, arithmetic, matrix.data(), N, K, packed.data(), 2);
-      const bool pairs = arithmetic != LayerArithmetic::kFloat32;  // the second piece of a one is zero
+      const bool pairs = arithmetic != LayerArithmetic::kFloat32;
       int64_t ones = 0;
       for (int64_t i = 0; i < size; ++i) {
         uint32_t bits;

@@ -195,9 +195,11 @@ int main() {
       layer.hidden = kHidden, layer.heads = 2, layer.kv_heads = 1, layer.head_dim = kKvCols;
       layer.intermediate = kIntermediate, layer.eps = 1e-5f, layer.attention_scale = 0.5f;
       layer.attention_norm = layer.mlp_norm = layer.cosine = layer.sine = any;
-      layer.attention_in[0] = {panels.data(), panels.data(), any, 4 * kKvCols, 0};
-      layer.attention_out = layer.mlp_out = {panels.data(), panels.data(), any, kHidden, 0};
-      layer.mlp_in[0] = {panels.data(), nullptr, any, 2 * kIntermediate, 0};
+      layer.attention_in[0] = {
+          panels.data(), panels.data(), panels.data(), panels.data(), any, 4 * kKvCols, 0};
+      layer.attention_out =
+          layer.mlp_out = {panels.data(), panels.data(), panels.data(), panels.data(), any, kHidden, 0};
+      layer.mlp_in[0] = {panels.data(), nullptr, panels.data(), nullptr, any, 2 * kIntermediate, 0};
       layer.attention_ins = layer.mlp_ins = 1;
       float* const out = a.results.data();
       float* const kv = keys_and_values.data();

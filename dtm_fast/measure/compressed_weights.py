@@ -19,7 +19,7 @@ class CompressedWeights:
         bound: bytes of packed weights to keep at most.
     """
 
-    def __init__(self, bound: int = 208 * 2**20) -> None:
+    def __init__(self, bound: int = 176 * 2**20) -> None:
         """Holds nothing yet."""
         self._bound = bound
         self._size = 0
@@ -59,4 +59,4 @@ def _name(treatment: Treatment | None) -> str:
 
 
 def _bytes(pair: tuple[PackedMatrix, PackedMatrix | None]) -> int:
-    return sum(each.panels.nbytes for each in pair if each is not None)
+    return sum(each.nbytes for each in pair if each is not None)

@@ -217,6 +217,13 @@ class FusedLayers:
 
     @torch.no_grad()
     def _pack(self, layer: int, arithmetic: Arithmetic) -> DecoderLayer:
+        if self._origin is None and arithmetic == Arithmetic.FINE_CHANGE:
+            weights = replace(self._layer(layer, Arithmetic.CHANGE), arithmetic=arithmetic)
+            for index, (_, module) in enumerate(self._parts[layer].projections):
+                projection = weights.projections[index]
+                fine = replace(projection, weight=projection.weight.finer(module.weight))
+                weights = weights.with_projection(index, fine)
+            return weights
         if self._origin is None:
             return _packed(self._parts[layer], arithmetic)
         weights = self._origin._layer(layer, arithmetic)

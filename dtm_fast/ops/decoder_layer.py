@@ -66,15 +66,25 @@ class PackedMatrix:
     panels: Tensor
     """FLOAT32: float32; otherwise pairs of bfloat16 in the bits of each."""
 
+    rest: Tensor | None = None
+    """FINE_CHANGE: what the panels lost, packed likewise."""
+
     @classmethod
     def pack(cls, matrix: Tensor, arithmetic: Arithmetic) -> PackedMatrix:
         """Packs a matrix [N, K] of any floating dtype on the CPU."""
-        cpu, isa, threads = native.cpu_call()
         N, K = matrix.shape  # noqa: N806
-        matrix = matrix.detach().float().contiguous()
-        panels = torch.empty(cpu.packed_matrix_size(arithmetic, N, K))
-        cpu.pack_matrix(isa, threads, arithmetic, matrix.data_ptr(), N, K, panels.data_ptr())
-        return cls(arithmetic, N, K, panels)
+        packed = cls(arithmetic, N, K, _panels(matrix, arithmetic))
+        return packed.finer(matrix) if arithmetic == Arithmetic.FINE_CHANGE else packed
+
+    def finer(self, matrix: Tensor) -> PackedMatrix:
+        """This matrix, packed for CHANGE, for FINE_CHANGE, whose first pieces are the same."""
+        fine, matrix = Arithmetic.FINE_CHANGE, matrix.detach().float()
+        return replace(self, arithmetic=fine, rest=_panels(matrix - matrix.bfloat16().float(), fine))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is packed."""
+        return self.panels.nbytes + (0 if self.rest is None else self.rest.nbytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +105,8 @@ class Projection:
         return cpu.Projection(
             panels=self.weight.panels.data_ptr(),
             change=0 if self.change is None else self.change.panels.data_ptr(),
+            panels_rest=native.address(self.weight.rest),
+            change_rest=0 if self.change is None else native.address(self.change.rest),
             bias=native.address(self.bias),
             N=self.weight.N,
             first=self.first,
@@ -283,6 +295,15 @@ def decoder_layer(
             parts[:, column] = _addresses(tensor, of_base if is_base else own, first if is_base else 0)
     parts[:, 5] = _addresses(kv, own if kv_rows is None else np.asarray(kv_rows), 0)
     cpu.decoder_layer(isa, threads, layer.native(), parts.ctypes.data, S)
+
+
+def _panels(matrix: Tensor, arithmetic: Arithmetic) -> Tensor:
+    cpu, isa, threads = native.cpu_call()
+    N, K = matrix.shape  # noqa: N806
+    matrix = matrix.detach().float().contiguous()
+    panels = torch.empty(cpu.packed_matrix_size(arithmetic, N, K))
+    cpu.pack_matrix(isa, threads, arithmetic, matrix.data_ptr(), N, K, panels.data_ptr())
+    return panels
 
 
 def _addresses(tensor: Tensor, rows: np.ndarray, position: int) -> np.ndarray:

@@ -29,7 +29,10 @@ def decoder(llama) -> Decoder:
 
 def assert_packs(packed: PackedMatrix, matrix: Tensor, arithmetic: Arithmetic) -> None:
     assert (packed.N, packed.K, packed.arithmetic) == (*matrix.shape, arithmetic)
-    assert torch.equal(packed.panels, PackedMatrix.pack(matrix, arithmetic).panels)
+    expected = PackedMatrix.pack(matrix, arithmetic)
+    assert torch.equal(packed.panels, expected.panels)
+    if arithmetic == Arithmetic.FINE_CHANGE:
+        assert torch.equal(packed.rest, expected.rest)
 
 
 def assert_is_the_treated_weight(
@@ -47,7 +50,7 @@ def assert_is_the_treated_weight(
 
 def size_of(component: Component, treatment: dtm.Treatment, arithmetic: Arithmetic) -> int:
     pair = CompressedWeights().packed(component, treatment, arithmetic)
-    return sum(each.panels.nbytes for each in pair if each is not None)
+    return sum(each.nbytes for each in pair if each is not None)
 
 
 class Counted(dtm.Treatment):

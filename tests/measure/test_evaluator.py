@@ -376,6 +376,10 @@ def test_from_the_states_of_a_configuration_fdt_is_the_same(make_probes, draw_co
     for ours, other in zip(found, expected, strict=True):
         assert torch.allclose(ours.first_margin, other.first_margin, rtol=0.05, atol=0.05, equal_nan=True)
     assert_same(rebased.measure([parent], ("sdt",))[0], evaluator.measure([parent], ("sdt",))[0])
+    best = [evaluator.best(configurations[:-6], 4), rebased.best(configurations[:-6], 4)]
+    assert [name_of(each.configuration) for each in best[0].best] == [
+        name_of(each.configuration) for each in best[1].best
+    ]
     again = rebased.rebased(configurations[5], memory=memory).measure(configurations[5:6], ())
     assert again[0].fdt.tolist() == expected[5].fdt.tolist()
 

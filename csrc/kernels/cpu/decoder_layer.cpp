@@ -37,8 +37,7 @@ std::vector<Task> tasks_of(const SequencePart* parts, int64_t count, int64_t tas
 
 // Of a panel, for each of its columns.
 int64_t panel_floats(LayerArithmetic arithmetic, int64_t K) {
-  if (arithmetic == LayerArithmetic::kFloat32) return (K + 15) / 16 * 16;
-  return (arithmetic == LayerArithmetic::kFineChange ? 2 : 1) * ((K + 31) / 32 * 16);
+  return arithmetic == LayerArithmetic::kFloat32 ? (K + 15) / 16 * 16 : (K + 31) / 32 * 16;
 }
 
 void require(CpuIsa isa, LayerArithmetic arithmetic) {
@@ -69,7 +68,7 @@ LayerChoice choose_layer_kernel(CpuIsa isa, LayerArithmetic arithmetic) {
     case LayerArithmetic::kFloat32:
       return {layer_float32_avx512, layer_scratch_size_avx512, pack_rows_float32_avx512, 96};
     case LayerArithmetic::kFineChange:
-      return {layer_fine_change_amx, size, pack_rows_two_pieces_amx, task_rows};
+      return {layer_fine_change_amx, size, pack_rows_pairs_avx512_bf16, task_rows};
     case LayerArithmetic::kChange:
       return {tiles ? layer_change_amx : layer_change_avx512_bf16, size, pack_rows_pairs_avx512_bf16,
               task_rows};

@@ -30,7 +30,9 @@ enum class LayerArithmetic : int {
 struct Projection {
   const float* panels;
   const float* change;  // the packed difference to the base's weight, or nullptr if it is the base's
-  const float* bias;    // [N] or nullptr
+  // kFineChange: what the two before have lost in packing, packed likewise.
+  const float *panels_rest, *change_rest;
+  const float* bias;  // [N] or nullptr
   int64_t N, first;
 };
 
@@ -109,7 +111,6 @@ LayerScratchSize layer_scratch_size_amx;
 using PackRows = void(const float* matrix, int64_t rows, int64_t K, float* panel);
 PackRows pack_rows_float32_avx512;
 PackRows pack_rows_pairs_avx512_bf16;
-PackRows pack_rows_two_pieces_amx;
 
 struct LayerChoice {
   LayerKernel* run;

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "decoder_layer_avx512.h"
 #include "packed_tiles_amx.h"
 
@@ -30,19 +28,9 @@ void layer_bfloat16_amx(const DecoderLayer& layer, const SequencePart* parts, in
 int64_t layer_scratch_size_amx(const DecoderLayer& layer, int64_t positions, int64_t context) {
   using Coarse = LayerTask<PackedTiles<1>, LayerArithmetic::kChange>;
   using Fine = LayerTask<PackedTiles<2>, LayerArithmetic::kChange>;
-  return std::max(Coarse::scratch_size(layer, positions, context),
-                  Fine::scratch_size(layer, positions, context));
-}
-
-void pack_rows_two_pieces_amx(const float* matrix, int64_t rows, int64_t K, float* panel) {
-  for (int piece = 0; piece < 2; ++piece, panel += kPanelCols * panel_lanes<PairLanes>(K)) {
-    const auto load = [&](int64_t j, int64_t k) {
-      __m512 low = load_vector(matrix + j * K, k, K), high = load_vector(matrix + j * K, k + 16, K);
-      if (piece == 1) take_piece(&low, &high);
-      return PairLanes::pairs(low, high);
-    };
-    pack_panel<PairLanes>(rows, K, load, panel);
-  }
+  const int64_t coarse = Coarse::scratch_size(layer, positions, context);
+  const int64_t fine = Fine::scratch_size(layer, positions, context);
+  return coarse > fine ? coarse : fine;
 }
 
 }  // namespace dtm_fast

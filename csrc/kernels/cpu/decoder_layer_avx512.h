@@ -94,9 +94,13 @@ class LayerTask {
   void add(const Projection& projection, int64_t skip, int64_t cols, const Rows& rows, const Rows& base_rows,
            bool has_rows, float* c, int64_t c_stride, const Wanted& wanted) const {
     const int64_t offset = skip * Rows::panel_floats(rows.depth());
-    if (has_rows) add_product(rows, projection.panels + offset, cols, c, c_stride, wanted);
+    const auto rest = [&](const float* panels) { return panels == nullptr ? nullptr : panels + offset; };
+    if (has_rows) {
+      add_product(rows, projection.panels + offset, rest(projection.panels_rest), cols, c, c_stride, wanted);
+    }
     if (kIsChange && projection.change != nullptr) {
-      add_product(base_rows, projection.change + offset, cols, c, c_stride, wanted);
+      add_product(base_rows, projection.change + offset, rest(projection.change_rest), cols, c, c_stride,
+                  wanted);
     }
   }
 

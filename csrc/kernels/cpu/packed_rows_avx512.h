@@ -65,8 +65,8 @@ class PackedRows {
 // c[i, 0 : N] += rows[i] @ matrix.T for the row blocks that `wanted` names; `panels` as pack_panel makes
 // them.
 template <typename Lanes, typename Wanted>
-void add_product(const PackedRows<Lanes>& rows, const float* panels, int64_t N, float* c, int64_t c_stride,
-                 const Wanted& wanted) {
+void add_product(const PackedRows<Lanes>& rows, const float* panels, const float* /*rest*/, int64_t N,
+                 float* c, int64_t c_stride, const Wanted& wanted) {
   const int64_t all_lanes = panel_lanes<Lanes>(rows.depth());
   for (int64_t j0 = 0; j0 < N; j0 += kPanelCols) {
     const int64_t cols = N - j0 < kPanelCols ? N - j0 : kPanelCols;

@@ -45,7 +45,7 @@ class PackedTiles {
   PackedTiles(float* data, int64_t rows, int64_t depth) : data_(data), rows_(rows), depth_(depth) {}
 
   static int64_t size(int64_t rows, int64_t depth) { return kPieces * piece_size(rows, depth); }
-  static int64_t panel_floats(int64_t K) { return kPieces * panel_lanes<PairLanes>(K); }
+  static int64_t panel_floats(int64_t K) { return panel_lanes<PairLanes>(K); }
 
   int64_t depth() const { return depth_; }
   int64_t steps() const { return steps_of(depth_); }
@@ -122,9 +122,9 @@ inline int64_t steps_of_block(int64_t steps, int pieces) {
   return (steps + blocks - 1) / blocks;
 }
 
-// sums [32, 32] = block b of rows, from step s0 on, @ a panel of them
+// sums [32, 32] = block b of rows @ a panel, whose pieces begin at `panel`; both from step s0 on
 template <int kTiles, int kPieces>
-void multiply_block(const PackedTiles<kPieces>& rows, int64_t b, const float* panel, int64_t s0,
+void multiply_block(const PackedTiles<kPieces>& rows, int64_t b, const float* const (&panel)[2], int64_t s0,
                     int64_t steps, float* sums) {
   // Every block asks for its share of what follows the panel's steps.
   const int64_t line0 = b * 32 / rows.blocks(), lines = (b + 1) * 32 / rows.blocks() - line0;
@@ -136,24 +136,25 @@ void multiply_block(const PackedTiles<kPieces>& rows, int64_t b, const float* pa
   for (int places = kPieces - 1; places >= 0; --places) {  // the small ones first
     for (int piece = 0; piece <= places; ++piece) {
       const float* x = rows.block(piece, b) + s0 * kTiles * kTileFloats;
-      const float* w = panel + ((places - piece) * rows.steps() + s0) * kStepPanel;
+      const float* w = panel[places - piece] + s0 * kStepPanel;
       add_tiles<kTiles>(x, w, steps, w + steps * kStepPanel + 16 * line0, piece == 0 ? lines : 0);
     }
   }
   take_sums<kTiles>(sums);
 }
 
-// c[i, 0 : N] += rows[i] @ matrix.T for the row blocks that `wanted` names; `panels` as pack_tiles makes
-// them. The tiles must be in use.
+// c[i, 0 : N] += rows[i] @ matrix.T for the row blocks that `wanted` names; `panels` as pack_panel makes
+// them of pairs, `rest` of the second pieces, if there are two. The tiles must be in use.
 template <int kPieces, typename Wanted>
-void add_product(const PackedTiles<kPieces>& rows, const float* panels, int64_t N, float* c, int64_t c_stride,
-                 const Wanted& wanted) {
+void add_product(const PackedTiles<kPieces>& rows, const float* panels, const float* rest, int64_t N,
+                 float* c, int64_t c_stride, const Wanted& wanted) {
   alignas(64) float sums[kBlockRows * kPanelCols];
   const int64_t most = steps_of_block(rows.steps(), kPieces);
   for (int64_t j0 = 0; j0 < N; j0 += kPanelCols) {
     const int64_t cols = N - j0 < kPanelCols ? N - j0 : kPanelCols;
     const __mmask16 low = first_lanes(cols), high = cols > 16 ? first_lanes(cols - 16) : __mmask16{0};
-    const float* panel = panels + j0 * PackedTiles<kPieces>::panel_floats(rows.depth());
+    const int64_t at = j0 * PackedTiles<kPieces>::panel_floats(rows.depth());
+    const float* const panel[2] = {panels + at, kPieces == 2 ? rest + at : nullptr};
     for (int64_t s0 = 0; s0 < rows.steps(); s0 += most) {
       const int64_t steps = rows.steps() - s0 < most ? rows.steps() - s0 : most;
       for (int64_t b = 0; b < rows.blocks(); ++b) {
