@@ -21,11 +21,18 @@ DTM_FAST_INLINE void store_vector(float* row, int64_t k, int64_t depth, __m512 v
   if (k < depth) _mm512_mask_storeu_ps(row + k, first_lanes(depth - k), value);
 }
 
-// Rounded as Hugging Face stores it.
+// Rounded as Hugging Face stores it; a denormal becomes zero. Only files compiled for AVX512-BF16 round.
 template <LayerArithmetic kArithmetic>
 DTM_FAST_INLINE __m512 stored(__m512 value) {
-  if (kArithmetic != LayerArithmetic::kBfloat16) return value;
-  return _mm512_castsi512_ps(_mm512_slli_epi32(bfloat16_lanes(value), 16));
+#if defined(__AVX512BF16__)
+  if (kArithmetic == LayerArithmetic::kBfloat16) {
+    const __m512i words = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  }
+#else
+  static_assert(kArithmetic != LayerArithmetic::kBfloat16, "rounding needs AVX512-BF16");
+#endif
+  return value;
 }
 
 // 1 / sqrt(mean of squares + eps) of the row whose vectors value(k) gives.
