@@ -238,8 +238,8 @@ class FusedLayers:
         return component, [name for name, _ in self._parts[layer].projections].index(component.name)
 
     def _keeps(self, arithmetic: Arithmetic) -> bool:
-        """Whether the layers packed for it stay: for the fastest, and for what comes next if there is room."""
-        return arithmetic == self.arithmetic or (arithmetic == self.finer[0] and self._has_second_copy)
+        """Whether the layers packed for it stay: for the fastest, and float32 where it settles all doubts."""
+        return arithmetic == self.arithmetic or (self.finer == (arithmetic,) and self._has_second_copy)
 
     def _is_known(self, path: str, treatments: Configuration) -> bool:
         component = self.decoder.component(path)
