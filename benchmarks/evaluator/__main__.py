@@ -82,8 +82,8 @@ class Bench:
                 {path: treatment} for path in self.paths[index::SLICES] for treatment in TREATMENTS
             ]
             self.disturbance()
-            # proc(5): the peak is what is in use now, without the loop's.
             trim(0)
+            # proc(5): the peak is what is in use now, without the loop's.
             Path("/proc/self/clear_refs").write_text("5")
             started = time.perf_counter()
             with timed() as spent:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dtm_fast.compression import Configuration
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.complete_pass import Columns
-from dtm_fast.measure.exact_pass import Doubt, settle
+from dtm_fast.measure.doubts import Doubt, settle
 from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_divergence
 from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.head import Head

@@ -32,8 +32,7 @@ from dtm_fast.ops.decoder_layer import (
 # How far a layer may be from transformers' own, in units of what the layer adds to its input.
 _DEVIATION = {Arithmetic.FLOAT32: 2e-5, Arithmetic.BFLOAT16: 0.05}
 
-# Layers for settling doubts beside those for the fastest arithmetic are a second copy of the model: bytes up to which
-# it is kept.
+# Layers in float32 beside those for differences are a second copy of the model: bytes up to which it is kept.
 _SECOND_COPY = 512 * 2**20
 
 

@@ -239,7 +239,11 @@ class States:
 
 
 def new_states(shape: LayerShape, sequences: int, positions: int) -> States:
-    """Room for all states but the input, side by side: many are read anew for every layer, so on large pages."""
+    """Room for all states but the input, each float32 [sequences, positions, columns], holding nothing of use.
+
+    One block of memory: above 32 MiB its pages come at once, large ones where Linux grants them, for the states of a
+    model's layers are too much for what maps single pages.
+    """
     cpu, _, threads = native.cpu_call()
     sizes = {name: sequences * positions * n for name, n in shape.widths.items() if name != "input"}
     room = torch.empty(sum(sizes.values()))

@@ -104,7 +104,7 @@ DTM_FAST_INLINE void add_tiles(const float* rows, const float* panel, int64_t st
   }
 }
 
-// The sums of tiles 0 .. 3 as sums [32, 32]; the tiles are cleared.
+// sums [16 * kTiles, 32] = tiles 0 .. 3
 template <int kTiles>
 DTM_FAST_INLINE void take_sums(float* sums) {
   constexpr int64_t kPanelBytes = kPanelCols * sizeof(float);

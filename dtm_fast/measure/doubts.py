@@ -34,7 +34,7 @@ class Doubt:
 
 
 def settle(layers: FusedLayers, head: Head, doubts: Sequence[Doubt], prefix: int) -> None:
-    """Corrects FDT and lead where exact arithmetic says otherwise."""
+    """Corrects FDT and lead where finer arithmetic says otherwise, the exact one where nothing else is certain."""
     for arithmetic in layers.finer:
         doubts = _settled_by(arithmetic, layers, head, doubts, prefix)
     assert not doubts, "the last arithmetic is exact"
