@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.process
+pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = Path("csrc/kernels/cpu/int8_linear.cpp")
