@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t kGateCols = 128;
 
 // The order of things: states of all rows that the second half needs of the first are its attention alone, so
-// that half goes through few rows at a time. A product's result starts as the bias, or for kChange as what
-// the base has there.
+// that half goes through few rows at a time. To a product is added what comes before it: the bias, or for
+// kChange what the base has there.
 template <typename Rows, LayerArithmetic kArithmetic>
 class LayerTask {
  public:
@@ -37,11 +37,12 @@ class LayerTask {
 
   static int64_t scratch_size(const DecoderLayer& layer, int64_t rows, int64_t context) {
     const int64_t attention = AttentionHead::size(layer.head_dim, context);
-    const int64_t first_half = 2 * Rows::size(rows, layer.hidden) + rows * layer.qkv_cols();
+    const int64_t first_half =
+        2 * Rows::size(rows, layer.hidden) + Rows::written_rows(rows) * layer.qkv_cols();
     const int64_t chunk = rows < Rows::kChunkRows ? rows : Rows::kChunkRows;
     const int64_t widest = layer.hidden > layer.q_cols() ? layer.hidden : layer.q_cols();
     const int64_t second_half = 2 * Rows::size(chunk, widest) + 2 * Rows::size(chunk, layer.intermediate) +
-                                chunk * (2 * layer.hidden + 2 * kGateCols);
+                                Rows::written_rows(chunk) * (layer.hidden + 2 * kGateCols);
     const int64_t larger = first_half > second_half ? first_half : second_half;
     return 2 * (rows + 16) + (rows + 16) * layer.q_cols() + attention + larger + 16 * kAllocations;
   }
@@ -73,6 +74,7 @@ class LayerTask {
   }
 
   Rows take_rows(int64_t rows, int64_t depth) { return {take(Rows::size(rows, depth)), rows, depth}; }
+  float* take_result(int64_t rows, int64_t cols) { return take(Rows::written_rows(rows) * cols); }
 
   const SequencePart& part(int64_t row) const { return parts_[row_part_[row]]; }
   static const float* at(const float* states, int64_t index, int64_t columns) {
@@ -89,18 +91,25 @@ class LayerTask {
     return false;
   }
 
-  // c [rows, cols] += rows' product with the columns skip .. skip + cols - 1 of a projection.
+  // c [rows, cols] = rows' product with the columns skip .. skip + cols - 1 of a projection, kChange: and the
+  // base's with their change
   template <typename Wanted>
-  void add(const Projection& projection, int64_t skip, int64_t cols, const Rows& rows, const Rows& base_rows,
-           bool has_rows, float* c, int64_t c_stride, const Wanted& wanted) const {
+  void multiply(const Projection& projection, int64_t skip, int64_t cols, const Rows& rows,
+                const Rows& base_rows, bool has_rows, float* c, int64_t c_stride,
+                const Wanted& wanted) const {
     const int64_t offset = skip * Rows::panel_floats(rows.depth());
     const auto rest = [&](const float* panels) { return panels == nullptr ? nullptr : panels + offset; };
+    const bool changes = any_change(&projection, 1);
     if (has_rows) {
-      add_product(rows, projection.panels + offset, rest(projection.panels_rest), cols, c, c_stride, wanted);
+      multiply_rows(rows, projection.panels + offset, rest(projection.panels_rest), cols, false, c, c_stride,
+                    wanted);
     }
-    if (kIsChange && projection.change != nullptr) {
-      add_product(base_rows, projection.change + offset, rest(projection.change_rest), cols, c, c_stride,
-                  wanted);
+    if (changes) {
+      multiply_rows(base_rows, projection.change + offset, rest(projection.change_rest), cols, has_rows, c,
+                    c_stride, wanted);
+    }
+    if (!has_rows && !changes) {
+      for (int64_t i = 0; i < rows.count(); ++i) fill(c + i * c_stride, nullptr, cols);
     }
   }
 
@@ -110,10 +119,13 @@ class LayerTask {
     }
   }
 
-  static void round(float* row, int64_t count) {
-    if (kArithmetic != LayerArithmetic::kBfloat16) return;
+  // A product's row with what comes before it, if there is anything.
+  static void complete(const float* before, float* row, int64_t count) {
+    if (before == nullptr && kArithmetic != LayerArithmetic::kBfloat16) return;
     for (int64_t k = 0; k < count; k += 16) {
-      store_vector(row, k, count, stored<kArithmetic>(load_vector(row, k, count)));
+      __m512 value = load_vector(row, k, count);
+      if (before != nullptr) value = _mm512_add_ps(load_vector(before, k, count), value);
+      store_vector(row, k, count, stored<kArithmetic>(value));
     }
   }
 
@@ -122,7 +134,7 @@ class LayerTask {
     const int64_t columns = layer_.qkv_cols(), hidden = layer_.hidden;
     const bool changes = any_change(layer_.attention_in, layer_.attention_ins);
     const Rows x = take_rows(rows_, hidden), base_x = take_rows(changes ? rows_ : 0, hidden);
-    qkv_ = take(rows_ * columns);
+    qkv_ = take_result(rows_, columns);
     const bool has_rows = !kIsChange || has_input();
     for (int64_t row = 0; row < rows_; ++row) {
       const int64_t i = row_index_[row];
@@ -130,23 +142,20 @@ class LayerTask {
         norm_row<kArithmetic>(at(part(row).in, i, hidden), at(part(row).base.in, i, hidden),
                               layer_.attention_norm, layer_.eps, row, x, changes ? &base_x : nullptr);
       }
-      if (kIsChange) {
-        fill(qkv_ + row * columns, at(part(row).base.qkv, i, columns), columns);
-      } else {
-        for (int64_t p = 0; p < layer_.attention_ins; ++p) {
-          const Projection& projection = layer_.attention_in[p];
-          fill(qkv_ + row * columns + projection.first, projection.bias, projection.N);
-        }
-      }
     }
     for (int64_t p = 0; p < layer_.attention_ins; ++p) {
       const Projection& projection = layer_.attention_in[p];
       const bool keys_or_values = projection.first + projection.N > layer_.q_cols();
       const auto wanted = [&](int64_t b) { return keys_or_values || has_output(x, b, 0); };
-      add(projection, 0, projection.N, x, base_x, has_rows, qkv_ + projection.first, columns, wanted);
+      multiply(projection, 0, projection.N, x, base_x, has_rows, qkv_ + projection.first, columns, wanted);
     }
     for (int64_t row = 0; row < rows_; ++row) {
-      round(qkv_ + row * columns, columns);
+      const float* const base = at(part(row).base.qkv, row_index_[row], columns);
+      for (int64_t p = 0; p < layer_.attention_ins; ++p) {
+        const Projection& projection = layer_.attention_in[p];
+        complete(kIsChange ? base + projection.first : projection.bias,
+                 qkv_ + row * columns + projection.first, projection.N);
+      }
       float* const keep = part(row).keep.qkv;
       if (keep != nullptr) fill(keep + row_index_[row] * columns, qkv_ + row * columns, columns);
     }
@@ -199,39 +208,41 @@ class LayerTask {
   // From the attention's last projection to the end, for rows row0 .. row0 + rows - 1.
   void finish(int64_t row0, int64_t rows) {
     const int64_t hidden = layer_.hidden;
-    float* const mid = take(rows * hidden);
-    float* const out = take(rows * hidden);
+    float* const product = take_result(rows, hidden);
     const Rows block = {nullptr, rows, hidden};
     const auto wanted = [&](int64_t b) { return has_output(block, b, row0); };
-    if (layer_.start <= LayerStart::kAttentionOut) {
-      project_attention(row0, rows, out, wanted);
-      for (int64_t i = 0; i < rows; ++i)
-        add_residual(row0 + i, part(row0 + i).in, out + i * hidden, mid + i * hidden);
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        fill(mid + i * hidden,
-             kIsChange ? nullptr : at(part(row0 + i).base.mid, row_index_[row0 + i], hidden), hidden);
+    const bool has_attention = layer_.start <= LayerStart::kAttentionOut;
+    if (has_attention) project_attention(row0, rows, product, wanted);
+    for (int64_t row = row0; row < row0 + rows; ++row) {
+      const int64_t index = row_index_[row];
+      if (has_attention) {
+        add_residual(at(part(row).in, index, hidden), layer_.attention_out, product + (row - row0) * hidden,
+                     out(row));
+        if (part(row).keep.mid != nullptr) fill(part(row).keep.mid + index * hidden, out(row), hidden);
+      } else {
+        fill(out(row), kIsChange ? nullptr : at(part(row).base.mid, index, hidden), hidden);
       }
     }
-    multiply_mlp(row0, rows, mid, out, wanted);
+    multiply_mlp(row0, rows, product, wanted);
   }
 
-  // sum = what comes in at a residual + what a branch gives
-  void add_residual(int64_t row, const float* in, const float* branch, float* sum) const {
-    const int64_t hidden = layer_.hidden;
-    const float* before = at(in, row_index_[row], hidden);
-    for (int64_t k = 0; k < hidden; k += 16) {
-      __m512 value = stored<kArithmetic>(load_vector(branch, k, hidden));
-      if (before != nullptr)
-        value = stored<kArithmetic>(_mm512_add_ps(load_vector(before, k, hidden), value));
-      store_vector(sum, k, hidden, value);
+  // What leaves; until then, the residual stream after the attention.
+  float* out(int64_t row) const { return part(row).out + row_index_[row] * layer_.hidden; }
+
+  // sum = what comes in at a residual + what a branch gives, the product of its last projection
+  void add_residual(const float* in, const Projection& projection, float* product, float* sum) const {
+    complete(kIsChange ? nullptr : projection.bias, product, layer_.hidden);
+    for (int64_t k = 0; k < layer_.hidden; k += 16) {
+      const __m512 value = load_vector(product, k, layer_.hidden);
+      store_vector(sum, k, layer_.hidden,
+                   in == nullptr
+                       ? value
+                       : stored<kArithmetic>(_mm512_add_ps(load_vector(in, k, layer_.hidden), value)));
     }
-    float* const keep = part(row).keep.mid;
-    if (keep != nullptr) fill(keep + row_index_[row] * hidden, sum, hidden);
   }
 
   template <typename Wanted>
-  void project_attention(int64_t row0, int64_t rows, float* out, const Wanted& wanted) {
+  void project_attention(int64_t row0, int64_t rows, float* product, const Wanted& wanted) {
     const int64_t hidden = layer_.hidden, cols = layer_.q_cols();
     const Projection& projection = layer_.attention_out;
     const bool changes = any_change(&projection, 1), own = layer_.start == LayerStart::kAttention;
@@ -245,14 +256,13 @@ class LayerTask {
       if (!kIsChange || own) copy_row(row, kIsChange ? base : nullptr, i, x);
       if (changes) copy_row(base, nullptr, i, base_x);
       if (own && of.keep.attention != nullptr) fill(of.keep.attention + index * cols, row, cols);
-      fill(out + i * hidden, kIsChange ? nullptr : projection.bias, hidden);
     }
-    add(projection, 0, hidden, x, base_x, !kIsChange || own, out, hidden, wanted);
+    multiply(projection, 0, hidden, x, base_x, !kIsChange || own, product, hidden, wanted);
     next_ = before;
   }
 
   template <typename Wanted>
-  void multiply_mlp(int64_t row0, int64_t rows, const float* mid, float* out, const Wanted& wanted) {
+  void multiply_mlp(int64_t row0, int64_t rows, float* product, const Wanted& wanted) {
     const int64_t hidden = layer_.hidden, wide = layer_.intermediate;
     const bool changes_in = any_change(layer_.mlp_in, layer_.mlp_ins);
     const bool changes_out = any_change(&layer_.mlp_out, 1);
@@ -263,33 +273,24 @@ class LayerTask {
     const Rows h = take_rows(rows, wide), base_h = take_rows(changes_out ? rows : 0, wide);
     for (int64_t i = 0; i < rows && own; ++i) {
       if (!has_mid && !changes_in) break;
-      norm_row<kArithmetic>(has_mid ? mid + i * hidden : nullptr,
+      norm_row<kArithmetic>(has_mid ? out(row0 + i) : nullptr,
                             at(part(row0 + i).base.mid, row_index_[row0 + i], hidden), layer_.mlp_norm,
                             layer_.eps, i, x, changes_in ? &base_x : nullptr);
     }
-    float* const gate_up = take(rows * 2 * kGateCols);
+    float* const gate_up = take_result(rows, 2 * kGateCols);
     for (int64_t j = 0; j < wide; j += kGateCols) {
       const int64_t cols = wide - j < kGateCols ? wide - j : kGateCols;
       if (own) project_gate_up(row0, rows, j, cols, x, base_x, has_mid, gate_up, wanted);
       for (int64_t i = 0; i < rows; ++i)
         gate_row(row0 + i, i, j, cols, own, gate_up, h, changes_out ? &base_h : nullptr);
     }
+    multiply(layer_.mlp_out, 0, hidden, h, base_h, !kIsChange || own, product, hidden, wanted);
     for (int64_t i = 0; i < rows; ++i) {
-      fill(out + i * hidden, kIsChange ? mid + i * hidden : layer_.mlp_out.bias, hidden);
-    }
-    add(layer_.mlp_out, 0, hidden, h, base_h, !kIsChange || own, out, hidden, wanted);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* const to = part(row0 + i).out + row_index_[row0 + i] * hidden;
-      for (int64_t k = 0; k < hidden; k += 16) {
-        __m512 value = stored<kArithmetic>(load_vector(out + i * hidden, k, hidden));
-        if (!kIsChange)
-          value = stored<kArithmetic>(_mm512_add_ps(load_vector(mid + i * hidden, k, hidden), value));
-        store_vector(to, k, hidden, value);
-      }
+      add_residual(out(row0 + i), layer_.mlp_out, product + i * hidden, out(row0 + i));
     }
   }
 
-  // gate_up [rows, 2 * kGateCols] = columns j .. j + cols - 1 of gate and of up
+  // gate_up [rows, 2 * kGateCols] = columns j .. j + cols - 1 of gate and of up, kChange: without the base's
   template <typename Wanted>
   void project_gate_up(int64_t row0, int64_t rows, int64_t j, int64_t cols, const Rows& x, const Rows& base_x,
                        bool has_mid, float* gate_up, const Wanted& wanted) {
@@ -298,20 +299,13 @@ class LayerTask {
       const int64_t column = half * wide + j;
       const Projection* projection = layer_.mlp_in;
       while (column >= projection->first + projection->N) ++projection;
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* from =
-            projection->bias == nullptr ? nullptr : projection->bias + column - projection->first;
-        if (kIsChange) {
-          from = at(part(row0 + i).base.gate_up, row_index_[row0 + i], 2 * wide) + column;
-          fetch_row(reinterpret_cast<const char*>(from + cols), cols * sizeof(float));  // the next columns
-        }
-        fill(gate_up + (2 * i + half) * kGateCols, from, cols);
-      }
-      add(*projection, column - projection->first, cols, x, base_x, has_mid, gate_up + half * kGateCols,
-          2 * kGateCols, wanted);
+      const int64_t skip = column - projection->first;
+      multiply(*projection, skip, cols, x, base_x, has_mid, gate_up + half * kGateCols, 2 * kGateCols,
+               wanted);
+      if (kIsChange) continue;
       for (int64_t i = 0; i < rows; ++i) {
         float* const row = gate_up + (2 * i + half) * kGateCols;
-        round(row, cols);
+        complete(projection->bias == nullptr ? nullptr : projection->bias + skip, row, cols);
         float* const keep = part(row0 + i).keep.gate_up;
         if (keep != nullptr) fill(keep + row_index_[row0 + i] * 2 * wide + column, row, cols);
       }
@@ -321,24 +315,37 @@ class LayerTask {
   // Columns j .. j + cols - 1 of row i of h (and of base_h): the gated products, kChange: their difference.
   void gate_row(int64_t row, int64_t i, int64_t j, int64_t cols, bool own, const float* gate_up,
                 const Rows& h, const Rows* base_h) const {
-    const float* base = at(part(row).base.gate_up, row_index_[row], 2 * layer_.intermediate);
-    const float* mine = own ? gate_up + 2 * i * kGateCols : base + j;
-    const int64_t to_up = own ? kGateCols : layer_.intermediate;
+    const int64_t wide = layer_.intermediate;
+    const float* const gate = gate_up + 2 * i * kGateCols;
+    const float* base = at(part(row).base.gate_up, row_index_[row], 2 * wide);
+    if (!kIsChange) {
+      const float* const from = own ? gate : base + j;
+      const int64_t up = own ? kGateCols : wide;
+      for (int64_t k = 0; k < cols; k += 32) {
+        const auto product = [&](int64_t at) {
+          return gated<kArithmetic>(load_vector(from, at, cols), load_vector(from + up, at, cols));
+        };
+        h.store_32(i, j + k, product(k), product(k + 16));
+      }
+      return;
+    }
+    base += j;
+    fetch_row(reinterpret_cast<const char*>(base + cols), cols * sizeof(float));  // the next columns
+    fetch_row(reinterpret_cast<const char*>(base + wide + cols), cols * sizeof(float));
     for (int64_t k = 0; k < cols; k += 32) {
-      const auto product = [&](const float* gate, int64_t up, int64_t at) {
-        return gated<kArithmetic>(load_vector(gate, at, cols), load_vector(gate + up, at, cols));
-      };
-      if (!kIsChange) {
-        h.store_32(i, j + k, product(mine, to_up, k), product(mine, to_up, k + 16));
-        continue;
+      __m512 products[2], changes[2];
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t at = k + 16 * half;
+        const __m512 base_gate = load_vector(base, at, cols), base_up = load_vector(base + wide, at, cols);
+        products[half] = gated<kArithmetic>(base_gate, base_up);
+        if (!own) continue;
+        const __m512 now =
+            gated<kArithmetic>(_mm512_add_ps(base_gate, load_vector(gate, at, cols)),
+                               _mm512_add_ps(base_up, load_vector(gate + kGateCols, at, cols)));
+        changes[half] = _mm512_sub_ps(now, products[half]);
       }
-      const __m512 low = product(base + j, layer_.intermediate, k);
-      const __m512 high = product(base + j, layer_.intermediate, k + 16);
-      if (base_h != nullptr) base_h->store_32(i, j + k, low, high);
-      if (own) {
-        h.store_32(i, j + k, _mm512_sub_ps(product(mine, to_up, k), low),
-                   _mm512_sub_ps(product(mine, to_up, k + 16), high));
-      }
+      if (base_h != nullptr) base_h->store_32(i, j + k, products[0], products[1]);
+      if (own) h.store_32(i, j + k, changes[0], changes[1]);
     }
   }
 

@@ -30,6 +30,7 @@ class PackedRows {
     return (rows + kMaxRows - 1) / kMaxRows * block_size(depth);
   }
 
+  int64_t count() const { return rows_; }
   int64_t depth() const { return depth_; }
   int64_t blocks() const { return blocks_; }
   // Blocks are as even as can be.
@@ -38,6 +39,9 @@ class PackedRows {
 
   // Of a panel, for each of its columns.
   static int64_t panel_floats(int64_t K) { return panel_lanes<Lanes>(K); }
+
+  // Rows that a product writes.
+  static int64_t written_rows(int64_t rows) { return rows; }
 
   // 32 elements of a row, k being a multiple of 32.
   void store_32(int64_t row, int64_t k, __m512 low, __m512 high) const {
@@ -62,21 +66,22 @@ class PackedRows {
   int64_t rows_, depth_, blocks_;
 };
 
-// c[i, 0 : N] += rows[i] @ matrix.T for the row blocks that `wanted` names; `panels` as pack_panel makes
-// them.
+// c[i, 0 : N] = or += rows[i] @ matrix.T for the row blocks that `wanted` names, c having room for
+// rows.written_rows(); `panels` as pack_panel makes them.
 template <typename Lanes, typename Wanted>
-void add_product(const PackedRows<Lanes>& rows, const float* panels, const float* /*rest*/, int64_t N,
-                 float* c, int64_t c_stride, const Wanted& wanted) {
+void multiply_rows(const PackedRows<Lanes>& rows, const float* panels, const float* /*rest*/, int64_t N,
+                   bool adds, float* c, int64_t c_stride, const Wanted& wanted) {
   const int64_t all_lanes = panel_lanes<Lanes>(rows.depth());
   for (int64_t j0 = 0; j0 < N; j0 += kPanelCols) {
     const int64_t cols = N - j0 < kPanelCols ? N - j0 : kPanelCols;
     const float* panel = panels + j0 * all_lanes;
     for (int64_t lane = 0; lane < all_lanes; lane += kGemmBlockK) {
       const int64_t lanes = all_lanes - lane < kGemmBlockK ? all_lanes - lane : kGemmBlockK;
+      const bool is_first = lane == 0 && !adds;
       for (int64_t b = 0; b < rows.blocks(); ++b) {
         if (!wanted(b)) continue;
         const int64_t i0 = rows.first_row(b), count = rows.first_row(b + 1) - i0;
-        kMultiply<Lanes>[count](rows.block(b) + lane* kMaxRows, panel + lane* kPanelCols, lanes, false,
+        kMultiply<Lanes>[count](rows.block(b) + lane* kMaxRows, panel + lane* kPanelCols, lanes, is_first,
                                 c + i0* c_stride + j0, c_stride, cols);
       }
     }
