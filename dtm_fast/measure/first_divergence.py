@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -25,7 +26,10 @@ _ERROR_OF_A_LAYER = 1.6e-4
 _MEASURED_HIDDEN = 576
 _FINENESS = 2**-7
 
-_PARTS = 4  # the completion is read in so many parts
+# In which parts a completion is read, as shares of it. Each part makes the weights come anew, which takes as long as some
+# hundred positions; on SmolLM2, of 1 to 4 parts two were best for changes small and large. A referee may stop after each.
+_PARTS = (0, 1 / 3, 1)
+_PARTS_WITH_REFEREE = (0, 1 / 4, 2 / 4, 3 / 4, 1)
 
 Steps = Sequence[tuple[int, Configuration]]
 """Layers to run, in order, and what is done to the components of each."""
@@ -115,12 +119,14 @@ def first_divergence(
     """
     completion = layers.positions + 1 - prefix
     found = FirstDivergence.unknown(layers.count, completion)
-    parts = _PARTS if all(layers.can_run_in_parts(treatments) for _, treatments in steps) else 1
+    shares: tuple[float, ...] = _PARTS if referee is None else _PARTS_WITH_REFEREE
+    if not all(layers.can_run_in_parts(treatments) for _, treatments in steps):
+        shares = (0, 1)
+    parts = list(pairwise(int(completion * share) for share in shares))
     everyone: Sequence[Sequence[int]] = [range(layers.count)]
-    for group in everyone if referee is None or parts == 1 else referee.groups:
+    for group in everyone if referee is None or len(shares) == 2 else referee.groups:
         alive = list(group)
-        for part in range(parts):
-            begin, stop = part * completion // parts, (part + 1) * completion // parts
+        for begin, stop in parts:
             if not alive or begin == stop:
                 continue
             first, end = (0 if begin == 0 else prefix - 1 + begin), prefix - 1 + stop
