@@ -50,7 +50,7 @@ class PackedTiles {
  public:
   // As in packed_rows_avx512.h, but weights take longer to come than to be multiplied, and what has AMX has a
   // second-level cache of 2 MiB.
-  static constexpr int64_t kChunkRows = 208 / kPieces;
+  static constexpr int64_t kChunkRows = 208;
 
   PackedTiles(float* data, int64_t rows, int64_t depth) : data_(data), rows_(rows), depth_(depth) {}
 
