@@ -1,8 +1,7 @@
-// Causal attention of one head over keys and values in float32, by the micro-kernel of gemm_panel_avx512.h:
-// keys and values are packed into panels as weights are. The sums of a position run over the keys in
-// ascending order, in blocks of kGemmBlockK, whatever other positions are computed with it. Included only by
-// files compiled for at least AVX-512; everything is in an anonymous namespace, so that no copy can reach a
-// file of a lower instruction set.
+// Causal attention of one head over keys and values, by products of packed rows with packed matrices. The
+// sums of a position run over the keys in ascending order, whatever other positions are computed with it.
+// Included only by files compiled for at least AVX-512; everything is in an anonymous namespace, so that no
+// copy can reach a file of a lower instruction set.
 #pragma once
 
 #include "layer_rows_avx512.h"
@@ -10,75 +9,80 @@
 namespace dtm_fast {
 namespace {
 
-// The keys and values of one head, and what the product of a block of rows needs.
+// The keys and values of one head, and what the product of a block of rows needs. Rows of pairs multiply as
+// exactly as rows of float32 where all factors are numbers of bfloat16: in a model of that dtype queries,
+// keys and values are, and the weights are rounded to it.
+template <typename Rows>
 class AttentionHead {
+  using Lanes = typename Rows::Lanes;
+
  public:
   // scratch: size(head_dim, context) floats
   AttentionHead(float* scratch, int64_t head_dim, int64_t context)
       : head_dim_(head_dim), context_(whole_panels(context)) {
     keys_ = scratch;
-    values_ = keys_ + context_ * head_lanes();
-    queries_ = values_ + context_ * whole_panels(head_dim);
-    scores_ = queries_ + kMaxRows * kGemmBlockK;
-    weights_ = scores_ + kMaxRows * context_;
+    values_ = keys_ + context_ * Rows::panel_floats(head_dim);
+    queries_ = values_ + whole_panels(head_dim) * Rows::panel_floats(context_);
+    scores_ = queries_ + Rows::size(Rows::kBlockRows, head_dim);
+    weights_ = scores_ + Rows::kBlockRows * context_;
   }
 
   static int64_t size(int64_t head_dim, int64_t context) {
     const int64_t keys = whole_panels(context);
-    const int64_t blocks = (keys + kGemmBlockK - 1) / kGemmBlockK;
-    return keys * panel_lanes<FloatLanes>(head_dim) + keys * whole_panels(head_dim) + kMaxRows * kGemmBlockK +
-           kMaxRows * keys + kMaxRows * kGemmBlockK * blocks;
+    return keys * Rows::panel_floats(head_dim) + whole_panels(head_dim) * Rows::panel_floats(keys) +
+           Rows::size(Rows::kBlockRows, head_dim) + Rows::kBlockRows * keys +
+           Rows::size(Rows::kBlockRows, keys);
   }
 
   // keys, values: [count, head_dim] of row stride `stride`
   void load(const float* keys, const float* values, int64_t stride, int64_t count) {
     for (int64_t t = 0; t < count; t += kPanelCols) {
       const int64_t rows = count - t < kPanelCols ? count - t : kPanelCols;
-      pack_panel<FloatLanes>(
-          rows, head_dim_,
-          [&](int64_t j, int64_t k) {
-            return _mm512_castps_si512(load_vector(keys + (t + j) * stride, k, head_dim_));
-          },
-          keys_ + t * head_lanes());
+      pack_panel<Lanes>(
+          rows, head_dim_, [&](int64_t j, int64_t k) { return lanes(keys + (t + j) * stride, k); },
+          keys_ + t * Rows::panel_floats(head_dim_));
     }
     for (int64_t e = 0; e < head_dim_; e += kPanelCols) {
-      float* panel = values_ + e * context_;
-      for (int64_t t = 0; t < context_; ++t) {
-        const float* row = values + t * stride + e;
-        const int64_t cols = t < count ? head_dim_ - e : 0;  // zeros behind the last
-        store_value(load_vector(row, 0, cols), t, panel + t * kPanelCols);
-        store_value(load_vector(row, 16, cols), t, panel + t * kPanelCols + 16);
+      float* panel = values_ + e * Rows::panel_floats(context_);
+      for (int64_t t = 0; t < context_; t += Lanes::kLaneK) {
+        for (int64_t half = 0; half < kPanelCols; half += 16, panel += 16) {
+          const auto value = [&](int64_t row) {  // zeros behind the last
+            const int64_t depth = row < count ? head_dim_ : 0;
+            return finite_value(load_vector(values + row * stride, e + half, depth), row);
+          };
+          if constexpr (Lanes::kLaneK == 1) {
+            _mm512_storeu_ps(panel, value(t));
+          } else {
+            _mm512_storeu_si512(panel, alternate(value(t), value(t + 1)));
+          }
+        }
       }
     }
   }
 
+  // In so many blocks, as even as can be, positions are given to attend.
+  static int64_t blocks_of(int64_t positions) {
+    return (positions + Rows::kBlockRows - 1) / Rows::kBlockRows;
+  }
+
   // out[i] = softmax(scale * queries[i] @ keys.T over keys 0 .. position + i) @ values, for i < rows <=
-  // kMaxRows
+  // Rows::kBlockRows; out has room for Rows::written_rows(rows)
   template <LayerArithmetic kArithmetic>
   void attend(const float* queries, int64_t q_stride, int64_t rows, int64_t position, float scale, float* out,
               int64_t out_stride) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t k = 0; k < head_lanes(); k += 16) {
-        _mm512_storeu_ps(queries_ + i * kGemmBlockK + k, load_vector(queries + i * q_stride, k, head_dim_));
-      }
-    }
+    const auto all = [](int64_t) { return true; };
     const int64_t keys = whole_panels(position + rows);
-    for (int64_t t = 0; t < keys; t += kPanelCols) {
-      kMultiply<FloatLanes>[rows](queries_, keys_ + t* head_lanes(), head_lanes(), true, scores_ + t,
-                                  context_, kPanelCols);
-    }
-    float inverse[kMaxRows];
+    const Rows q = {queries_, rows, head_dim_}, weights = {weights_, rows, keys};
+    for (int64_t i = 0; i < rows; ++i) copy_row(queries + i * q_stride, nullptr, i, q);
+    multiply_rows(q, keys_, nullptr, keys, false, scores_, context_, all);
+    float inverse[Rows::kBlockRows];
     for (int64_t i = 0; i < rows; ++i) {
-      inverse[i] = softmax<kArithmetic>(scores_ + i * context_, position + i + 1, keys, scale,
-                                        weights_ + i * kGemmBlockK);
+      inverse[i] = softmax<kArithmetic>(scores_ + i * context_, position + i + 1, scale, i, weights);
     }
     for (int64_t e = 0; e < head_dim_; e += kPanelCols) {
       const int64_t cols = head_dim_ - e < kPanelCols ? head_dim_ - e : kPanelCols;
-      for (int64_t t = 0; t < keys; t += kGemmBlockK) {
-        const int64_t lanes = keys - t < kGemmBlockK ? keys - t : kGemmBlockK;
-        kMultiply<FloatLanes>[rows](weights_ + t* kMaxRows, values_ + e* context_ + t* kPanelCols, lanes,
-                                    t == 0, out + e, out_stride, cols);
-      }
+      multiply_rows(weights, values_ + e * Rows::panel_floats(context_), nullptr, cols, false, out + e,
+                    out_stride, all);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const __m512 factor = _mm512_set1_ps(inverse[i]);
@@ -92,21 +96,38 @@ class AttentionHead {
 
  private:
   static int64_t whole_panels(int64_t count) { return (count + kPanelCols - 1) / kPanelCols * kPanelCols; }
-  int64_t head_lanes() const { return panel_lanes<FloatLanes>(head_dim_); }
+
+  __m512i lanes(const float* row, int64_t k) const {
+    if constexpr (Lanes::kLaneK == 1) {
+      return _mm512_castps_si512(load_vector(row, k, head_dim_));
+    } else {
+      return Lanes::pairs(load_vector(row, k, head_dim_), load_vector(row, k + 16, head_dim_));
+    }
+  }
+
+  // Pairs of numbers of bfloat16, of which the first is in the lower half.
+  static __m512i alternate(__m512 first, __m512 second) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                           _mm512_and_si512(_mm512_castps_si512(second), upper));
+  }
 
   // Positions before t multiply the value of t by 0, which would give NaN if it is not finite: its key
   // becomes NaN instead, whose scores they do not look at.
-  void store_value(__m512 value, int64_t t, float* to) {
+  __m512 finite_value(__m512 value, int64_t t) {
     constexpr int kNotFinite = 0x99;  // infinities, and both kinds of NaN
     const __mmask16 bad = _mm512_fpclass_ps_mask(value, kNotFinite);
-    if (bad != 0) keys_[t / kPanelCols * kPanelCols * head_lanes() + t % kPanelCols] = __builtin_nanf("");
-    _mm512_storeu_ps(to, _mm512_maskz_mov_ps(_knot_mask16(bad), value));
+    if (bad != 0) {
+      float* const key = keys_ + t / kPanelCols * kPanelCols * Rows::panel_floats(head_dim_) + t % kPanelCols;
+      _mm_store_ss(key, _mm_castsi128_ps(_mm_set1_epi32(-1)));  // NaN, also as a pair
+    }
+    return _mm512_maskz_mov_ps(_knot_mask16(bad), value);
   }
 
-  // weights = exp(scale * (scores - their maximum)) of the first `valid` keys, zeros up to `keys`, packed;
-  // returns the inverse of their sum.
+  // Row i of weights = exp(scale * (scores - their maximum)) of the first `valid` keys, zeros behind; returns
+  // the inverse of their sum.
   template <LayerArithmetic kArithmetic>
-  static float softmax(const float* scores, int64_t valid, int64_t keys, float scale, float* weights) {
+  static float softmax(const float* scores, int64_t valid, float scale, int64_t i, const Rows& weights) {
     const __m512 factor = _mm512_set1_ps(scale);
     const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
     __m512 largest = lowest;
@@ -117,14 +138,18 @@ class AttentionHead {
     const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
     __m512 sum = _mm512_setzero_ps();
     __mmask16 nan = 0;
-    for (int64_t t = 0; t < keys; t += 16) {
-      const __mmask16 lanes = t < valid ? first_lanes(valid - t) : __mmask16{0};
+    const auto weight = [&](int64_t t) {
+      if (t >= valid) return _mm512_setzero_ps();
+      const __mmask16 lanes = first_lanes(valid - t);
       const __m512 below = _mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(scores + t), factor), shift);
       nan = static_cast<__mmask16>(nan | _mm512_mask_cmp_ps_mask(lanes, below, below, _CMP_UNORD_Q));
-      const __m512 weight = _mm512_maskz_mov_ps(lanes, exp_nonpositive(below));
-      sum = _mm512_add_ps(sum, weight);
-      float* to = weights + t / kGemmBlockK * (kMaxRows * kGemmBlockK) + t % kGemmBlockK;
-      _mm512_storeu_ps(to, stored<kArithmetic>(weight));
+      const __m512 found = _mm512_maskz_mov_ps(lanes, exp_nonpositive(below));
+      sum = _mm512_add_ps(sum, found);
+      return stored<kArithmetic>(found);
+    };
+    for (int64_t t = 0; t < weights.depth(); t += 32) {
+      const __m512 low = weight(t), high = weight(t + 16);
+      weights.store_32(i, t, low, high);
     }
     return nan != 0 ? __builtin_nanf("") : 1.0f / _mm512_reduce_add_ps(sum);  // exp_nonpositive(NaN) is 0
   }

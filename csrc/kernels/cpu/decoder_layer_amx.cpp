@@ -26,11 +26,13 @@ void layer_bfloat16_amx(const DecoderLayer& layer, const SequencePart* parts, in
 }
 
 int64_t layer_scratch_size_amx(const DecoderLayer& layer, int64_t positions, int64_t context) {
-  using Coarse = LayerTask<PackedTiles<1>, LayerArithmetic::kChange>;
-  using Fine = LayerTask<PackedTiles<2>, LayerArithmetic::kChange>;
-  const int64_t coarse = Coarse::scratch_size(layer, positions, context);
-  const int64_t fine = Fine::scratch_size(layer, positions, context);
-  return coarse > fine ? coarse : fine;
+  const int64_t sizes[] = {
+      LayerTask<PackedTiles<1>, LayerArithmetic::kChange>::scratch_size(layer, positions, context),
+      LayerTask<PackedTiles<2>, LayerArithmetic::kChange>::scratch_size(layer, positions, context),
+      LayerTask<PackedTiles<1>, LayerArithmetic::kBfloat16>::scratch_size(layer, positions, context)};
+  int64_t largest = 0;
+  for (const int64_t size : sizes) largest = size > largest ? size : largest;
+  return largest;
 }
 
 }  // namespace dtm_fast

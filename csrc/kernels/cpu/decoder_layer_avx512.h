@@ -3,6 +3,8 @@
 // a lower instruction set.
 #pragma once
 
+#include <type_traits>
+
 #include "causal_attention_avx512.h"
 
 namespace dtm_fast {
@@ -16,6 +18,10 @@ constexpr int64_t kGateCols = 128;
 // kChange what the base has there.
 template <typename Rows, LayerArithmetic kArithmetic>
 class LayerTask {
+  // What is not rounded to bfloat16 is multiplied in float32.
+  using Head = AttentionHead<
+      std::conditional_t<kArithmetic == LayerArithmetic::kBfloat16, Rows, PackedRows<FloatLanes>>>;
+
  public:
   LayerTask(const DecoderLayer& layer, const SequencePart* parts, int64_t count, float* scratch)
       : layer_(layer), parts_(parts), count_(count), next_(scratch) {
@@ -36,7 +42,7 @@ class LayerTask {
   }
 
   static int64_t scratch_size(const DecoderLayer& layer, int64_t rows, int64_t context) {
-    const int64_t attention = AttentionHead::size(layer.head_dim, context);
+    const int64_t attention = Head::size(layer.head_dim, context);
     const int64_t first_half =
         2 * Rows::size(rows, layer.hidden) + Rows::written_rows(rows) * layer.qkv_cols();
     const int64_t chunk = rows < Rows::kChunkRows ? rows : Rows::kChunkRows;
@@ -44,12 +50,12 @@ class LayerTask {
     const int64_t second_half = 2 * Rows::size(chunk, widest) + 2 * Rows::size(chunk, layer.intermediate) +
                                 Rows::written_rows(chunk) * (layer.hidden + 2 * kGateCols);
     const int64_t larger = first_half > second_half ? first_half : second_half;
-    return 2 * (rows + 16) + (rows + 16) * layer.q_cols() + attention + larger + 16 * kAllocations;
+    return 2 * (rows + 16) + attention_rows(rows) * layer.q_cols() + attention + larger + 16 * kAllocations;
   }
 
   void run() {
-    attention_ = take(rows_ * layer_.q_cols());
-    AttentionHead head(take(AttentionHead::size(layer_.head_dim, context_)), layer_.head_dim, context_);
+    attention_ = take(attention_rows(rows_) * layer_.q_cols());
+    Head head(take(Head::size(layer_.head_dim, context_)), layer_.head_dim, context_);
     float* const rest = next_;
     if (layer_.start == LayerStart::kAttention) {
       project_in();
@@ -74,6 +80,8 @@ class LayerTask {
   }
 
   Rows take_rows(int64_t rows, int64_t depth) { return {take(Rows::size(rows, depth)), rows, depth}; }
+  // The product of a block of them that ends anywhere writes rows behind it.
+  static int64_t attention_rows(int64_t rows) { return rows + Rows::written_rows(1); }
   float* take_result(int64_t rows, int64_t cols) { return take(Rows::written_rows(rows) * cols); }
 
   const SequencePart& part(int64_t row) const { return parts_[row_part_[row]]; }
@@ -173,7 +181,7 @@ class LayerTask {
   }
 
   // attention_ of a part whose first row is row0.
-  void attend(AttentionHead& head, int64_t p, int64_t row0) {
+  void attend(Head& head, int64_t p, int64_t row0) {
     const SequencePart& part = parts_[p];
     const int64_t E = layer_.head_dim, columns = layer_.qkv_cols(), kv_cols = layer_.kv_cols();
     for (int64_t i = 0; i < part.count; ++i) {
@@ -195,12 +203,13 @@ class LayerTask {
     for (int64_t g = 0; g < layer_.kv_heads; ++g) {
       head.load(part.kv + g * E, part.kv + kv_cols + g * E, 2 * kv_cols, part.first + part.count);
       for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-        for_each_row_block(part.count - skipped, [&](int64_t i0, int64_t rows) {
-          const int64_t i = skipped + i0;
-          head.attend<kArithmetic>(qkv_ + (row0 + i) * columns + h * E, columns, rows, part.first + i,
-                                   layer_.attention_scale, attention_ + (row0 + i) * layer_.q_cols() + h * E,
-                                   layer_.q_cols());
-        });
+        const int64_t wanted = part.count - skipped, blocks = Head::blocks_of(wanted);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t i = skipped + b * wanted / blocks, rows = skipped + (b + 1) * wanted / blocks - i;
+          head.template attend<kArithmetic>(
+              qkv_ + (row0 + i) * columns + h * E, columns, rows, part.first + i, layer_.attention_scale,
+              attention_ + (row0 + i) * layer_.q_cols() + h * E, layer_.q_cols());
+        }
       }
     }
   }
@@ -230,14 +239,16 @@ class LayerTask {
   float* out(int64_t row) const { return part(row).out + row_index_[row] * layer_.hidden; }
 
   // sum = what comes in at a residual + what a branch gives, the product of its last projection
-  void add_residual(const float* in, const Projection& projection, float* product, float* sum) const {
-    complete(kIsChange ? nullptr : projection.bias, product, layer_.hidden);
+  void add_residual(const float* in, const Projection& projection, const float* product, float* sum) const {
+    const float* const bias = kIsChange ? nullptr : projection.bias;
     for (int64_t k = 0; k < layer_.hidden; k += 16) {
-      const __m512 value = load_vector(product, k, layer_.hidden);
-      store_vector(sum, k, layer_.hidden,
-                   in == nullptr
-                       ? value
-                       : stored<kArithmetic>(_mm512_add_ps(load_vector(in, k, layer_.hidden), value)));
+      __m512 value = load_vector(product, k, layer_.hidden);
+      if (bias != nullptr) value = _mm512_add_ps(load_vector(bias, k, layer_.hidden), value);
+      value = stored<kArithmetic>(value);
+      if (in != nullptr) {
+        value = stored<kArithmetic>(_mm512_add_ps(load_vector(in, k, layer_.hidden), value));
+      }
+      store_vector(sum, k, layer_.hidden, value);
     }
   }
 
@@ -303,10 +314,12 @@ class LayerTask {
       multiply(*projection, skip, cols, x, base_x, has_mid, gate_up + half * kGateCols, 2 * kGateCols,
                wanted);
       if (kIsChange) continue;
+      const float* const bias = projection->bias == nullptr ? nullptr : projection->bias + skip;
       for (int64_t i = 0; i < rows; ++i) {
-        float* const row = gate_up + (2 * i + half) * kGateCols;
-        complete(projection->bias == nullptr ? nullptr : projection->bias + skip, row, cols);
         float* const keep = part(row0 + i).keep.gate_up;
+        if (bias == nullptr && keep == nullptr) continue;  // gate_row rounds, too
+        float* const row = gate_up + (2 * i + half) * kGateCols;
+        complete(bias, row, cols);
         if (keep != nullptr) fill(keep + row_index_[row0 + i] * 2 * wide + column, row, cols);
       }
     }
@@ -323,7 +336,8 @@ class LayerTask {
       const int64_t up = own ? kGateCols : wide;
       for (int64_t k = 0; k < cols; k += 32) {
         const auto product = [&](int64_t at) {
-          return gated<kArithmetic>(load_vector(from, at, cols), load_vector(from + up, at, cols));
+          return gated<kArithmetic>(stored<kArithmetic>(load_vector(from, at, cols)),
+                                    stored<kArithmetic>(load_vector(from + up, at, cols)));
         };
         h.store_32(i, j + k, product(k), product(k + 16));
       }

@@ -16,9 +16,11 @@ constexpr int64_t panel_lanes(int64_t K) {
 
 // Rows of `depth` elements in blocks of at most kMaxRows rows and kGemmBlockK lanes: what the micro-kernel
 // multiplies without packing anything.
-template <typename Lanes>
+template <typename LanesOfRows>
 class PackedRows {
  public:
+  using Lanes = LanesOfRows;
+  static constexpr int64_t kBlockRows = kMaxRows;
   // Rows that go through the second half of a decoder layer together: all that they need, some 500 KB, stays
   // in the second-level cache.
   static constexpr int64_t kChunkRows = 96;

@@ -15,7 +15,6 @@ namespace dtm_fast {
 namespace {
 
 constexpr int64_t kTileFloats = kTileBytes / sizeof(float);
-constexpr int64_t kBlockRows = 2 * kTileRows;
 constexpr int64_t kStepPanel = kTileRows * kPanelCols;  // floats of a panel in a step of 32 elements
 
 // The nearest bfloat16 of each value, taken away from it. Nothing is left of a value that is not finite, or
@@ -48,6 +47,8 @@ inline void copy_block(const float* from, int64_t from_stride, int64_t rows, int
 template <int kPieces>
 class PackedTiles {
  public:
+  using Lanes = PairLanes;
+  static constexpr int64_t kBlockRows = 2 * kTileRows;
   // As in packed_rows_avx512.h, but weights take longer to come than to be multiplied, and what has AMX has a
   // second-level cache of 2 MiB.
   static constexpr int64_t kChunkRows = 208;
@@ -180,7 +181,7 @@ void multiply_block(const PackedTiles<kPieces>& rows, int64_t b, const float* co
 template <int kPieces, typename Wanted>
 void multiply_rows(const PackedTiles<kPieces>& rows, const float* panels, const float* rest, int64_t N,
                    bool adds, float* c, int64_t c_stride, const Wanted& wanted) {
-  alignas(64) float narrow[kBlockRows * kPanelCols];  // what would be wider than c
+  alignas(64) float narrow[PackedTiles<kPieces>::kBlockRows * kPanelCols];  // what would be wider than c
   const int64_t most = steps_of_block(rows.steps(), kPieces);
   for (int64_t j0 = 0; j0 < N; j0 += kPanelCols) {
     const int64_t cols = N - j0 < kPanelCols ? N - j0 : kPanelCols;
