@@ -26,8 +26,9 @@ _ERROR_OF_A_LAYER = 1.6e-4
 _MEASURED_HIDDEN = 576
 _FINENESS = 2**-7
 
-# In which parts a completion is read, as shares of it. Each part makes the weights come anew, which takes as long as some
-# hundred positions; on SmolLM2, of 1 to 4 parts two were best for changes small and large. A referee may stop after each.
+# In which parts a completion is read, as shares of it. Each part makes the weights come anew, which takes as long as
+# some hundred positions; on SmolLM2, of 1 to 4 parts two were best for changes small and large. A referee may stop
+# after each.
 _PARTS = (0, 1 / 3, 1)
 _PARTS_WITH_REFEREE = (0, 1 / 4, 2 / 4, 3 / 4, 1)
 
