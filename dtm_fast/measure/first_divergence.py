@@ -120,14 +120,13 @@ def first_divergence(
     """
     completion = layers.positions + 1 - prefix
     found = FirstDivergence.unknown(layers.count, completion)
-    shares: tuple[float, ...] = _PARTS if referee is None else _PARTS_WITH_REFEREE
+    shares: Sequence[float] = _PARTS if referee is None else _PARTS_WITH_REFEREE
+    groups: Sequence[Sequence[int]] = [range(layers.count)] if referee is None else referee.groups
     if not all(layers.can_run_in_parts(treatments) for _, treatments in steps):
-        shares = (0, 1)
-    parts = list(pairwise(int(completion * share) for share in shares))
-    everyone: Sequence[Sequence[int]] = [range(layers.count)]
-    for group in everyone if referee is None or len(shares) == 2 else referee.groups:
+        shares, groups = (0, 1), [range(layers.count)]
+    for group in groups:
         alive = list(group)
-        for begin, stop in parts:
+        for begin, stop in pairwise(int(completion * share) for share in shares):
             if not alive or begin == stop:
                 continue
             first, end = (0 if begin == 0 else prefix - 1 + begin), prefix - 1 + stop

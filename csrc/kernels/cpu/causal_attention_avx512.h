@@ -17,21 +17,22 @@ class AttentionHead {
   using Lanes = typename Rows::Lanes;
 
  public:
+  static constexpr int64_t kRows = Rows::kBlockRows;
+
   // scratch: size(head_dim, context) floats
   AttentionHead(float* scratch, int64_t head_dim, int64_t context)
       : head_dim_(head_dim), context_(whole_panels(context)) {
     keys_ = scratch;
     values_ = keys_ + context_ * Rows::panel_floats(head_dim);
     queries_ = values_ + whole_panels(head_dim) * Rows::panel_floats(context_);
-    scores_ = queries_ + Rows::size(Rows::kBlockRows, head_dim);
-    weights_ = scores_ + Rows::kBlockRows * context_;
+    scores_ = queries_ + Rows::size(kRows, head_dim);
+    weights_ = scores_ + kRows * context_;
   }
 
   static int64_t size(int64_t head_dim, int64_t context) {
     const int64_t keys = whole_panels(context);
     return keys * Rows::panel_floats(head_dim) + whole_panels(head_dim) * Rows::panel_floats(keys) +
-           Rows::size(Rows::kBlockRows, head_dim) + Rows::kBlockRows * keys +
-           Rows::size(Rows::kBlockRows, keys);
+           Rows::size(kRows, head_dim) + kRows * keys + Rows::size(kRows, keys);
   }
 
   // keys, values: [count, head_dim] of row stride `stride`
@@ -60,13 +61,8 @@ class AttentionHead {
     }
   }
 
-  // In so many blocks, as even as can be, positions are given to attend.
-  static int64_t blocks_of(int64_t positions) {
-    return (positions + Rows::kBlockRows - 1) / Rows::kBlockRows;
-  }
-
   // out[i] = softmax(scale * queries[i] @ keys.T over keys 0 .. position + i) @ values, for i < rows <=
-  // Rows::kBlockRows; out has room for Rows::written_rows(rows)
+  // kRows; out has room for Rows::written_rows(rows)
   template <LayerArithmetic kArithmetic>
   void attend(const float* queries, int64_t q_stride, int64_t rows, int64_t position, float scale, float* out,
               int64_t out_stride) const {
@@ -75,7 +71,7 @@ class AttentionHead {
     const Rows q = {queries_, rows, head_dim_}, weights = {weights_, rows, keys};
     for (int64_t i = 0; i < rows; ++i) copy_row(queries + i * q_stride, nullptr, i, q);
     multiply_rows(q, keys_, nullptr, keys, false, scores_, context_, all);
-    float inverse[Rows::kBlockRows];
+    float inverse[kRows];
     for (int64_t i = 0; i < rows; ++i) {
       inverse[i] = softmax<kArithmetic>(scores_ + i * context_, position + i + 1, scale, i, weights);
     }

@@ -80,9 +80,10 @@ class LayerTask {
   }
 
   Rows take_rows(int64_t rows, int64_t depth) { return {take(Rows::size(rows, depth)), rows, depth}; }
-  // The product of a block of them that ends anywhere writes rows behind it.
-  static int64_t attention_rows(int64_t rows) { return rows + Rows::written_rows(1); }
   float* take_result(int64_t rows, int64_t cols) { return take(Rows::written_rows(rows) * cols); }
+  // What the attention of so many rows needs: its products begin at any of them, and each may write behind
+  // its last one.
+  static int64_t attention_rows(int64_t rows) { return rows + Rows::written_rows(1); }
 
   const SequencePart& part(int64_t row) const { return parts_[row_part_[row]]; }
   static const float* at(const float* states, int64_t index, int64_t columns) {
@@ -144,12 +145,10 @@ class LayerTask {
     const Rows x = take_rows(rows_, hidden), base_x = take_rows(changes ? rows_ : 0, hidden);
     qkv_ = take_result(rows_, columns);
     const bool has_rows = !kIsChange || has_input();
-    for (int64_t row = 0; row < rows_; ++row) {
+    for (int64_t row = 0; row < rows_ && (has_rows || changes); ++row) {
       const int64_t i = row_index_[row];
-      if (has_rows || changes) {
-        norm_row<kArithmetic>(at(part(row).in, i, hidden), at(part(row).base.in, i, hidden),
-                              layer_.attention_norm, layer_.eps, row, x, changes ? &base_x : nullptr);
-      }
+      norm_row<kArithmetic>(at(part(row).in, i, hidden), at(part(row).base.in, i, hidden),
+                            layer_.attention_norm, layer_.eps, row, x, changes ? &base_x : nullptr);
     }
     for (int64_t p = 0; p < layer_.attention_ins; ++p) {
       const Projection& projection = layer_.attention_in[p];
@@ -203,13 +202,13 @@ class LayerTask {
     for (int64_t g = 0; g < layer_.kv_heads; ++g) {
       head.load(part.kv + g * E, part.kv + kv_cols + g * E, 2 * kv_cols, part.first + part.count);
       for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-        const int64_t wanted = part.count - skipped, blocks = Head::blocks_of(wanted);
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t i = skipped + b * wanted / blocks, rows = skipped + (b + 1) * wanted / blocks - i;
+        const auto attend = [&](int64_t i0, int64_t rows) {
+          const int64_t i = skipped + i0;
           head.template attend<kArithmetic>(
               qkv_ + (row0 + i) * columns + h * E, columns, rows, part.first + i, layer_.attention_scale,
               attention_ + (row0 + i) * layer_.q_cols() + h * E, layer_.q_cols());
-        }
+        };
+        for_each_row_block(part.count - skipped, attend, Head::kRows);
       }
     }
   }

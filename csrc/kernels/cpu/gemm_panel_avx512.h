@@ -304,8 +304,8 @@ constexpr Multiply* kMultiply[kMaxRows + 1] = {nullptr,
 // Calls run(first row, rows) for blocks of at most kMaxRows, as even as can be: a block of few rows leaves
 // the multipliers waiting for each other.
 template <typename Run>
-void for_each_row_block(int64_t rows, const Run& run) {
-  const int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
+void for_each_row_block(int64_t rows, const Run& run, int64_t most = kMaxRows) {
+  const int64_t blocks = (rows + most - 1) / most;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t i = b * rows / blocks;
     run(i, (b + 1) * rows / blocks - i);

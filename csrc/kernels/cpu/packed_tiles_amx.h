@@ -96,7 +96,8 @@ class PackedTiles {
 };
 
 // Tiles 0 .. 3 += kTiles tiles of rows @ a panel, over `steps` steps. Asks the second-level cache for `lines`
-// cache lines of each step at `ahead`. Rows are loaded past the first-level cache, which the panel fills.
+// cache lines of each step at `ahead`. The panel fills the first-level cache, so rows are loaded with the
+// hint that they will not be needed soon (TILELOADDT1, Intel SDM vol. 2).
 template <int kTiles>
 DTM_FAST_INLINE void add_tiles(const float* rows, const float* panel, int64_t steps, const float* ahead,
                                int64_t lines) {
