@@ -157,6 +157,7 @@ class Bench:
             starts.append(time.perf_counter() - started)
             found = evaluator.measure(extensions, ())
             ours.append((time.perf_counter() - started) / len(extensions))
+            del evaluator  # the next parent's states take its memory
             fdts += [float(m.fdt.double().mean()) for m in found]
             for measurement in found:
                 self.measured[name_of(measurement.configuration)] = measurement.fdt

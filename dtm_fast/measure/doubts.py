@@ -22,14 +22,14 @@ class Doubt:
         by_layer: what is done to the components of each layer, for those that are treated.
         start: the first layer that differs from the base's.
         probe: which.
-        last: the last position of its completion that is in doubt.
+        positions: of its completion that are in doubt, in order; no other one before its FDT is.
         found: where the answer goes.
     """
 
     by_layer: Mapping[int, Configuration]
     start: int
     probe: int
-    last: int
+    positions: Sequence[int]
     found: FirstDivergence
 
 
@@ -51,7 +51,7 @@ def _settled_by(
     """
     if not doubts:
         return []
-    lengths = [prefix + doubt.last for doubt in doubts]  # the last position predicts the token behind it
+    lengths = [prefix + doubt.positions[-1] for doubt in doubts]  # a position predicts the token behind it
     end = max(lengths)
     x = torch.zeros(len(doubts), end, layers.shape.hidden)
     kv = layers.new_kv(len(doubts))
@@ -76,17 +76,26 @@ def _settled_by(
                 lengths=[lengths[index] for index in members],
                 kv=kv,
             )
+    where = [(index, position) for index, doubt in enumerate(doubts) for position in doubt.positions]
+    probes = [doubts[index].probe for index, _ in where]
+    hidden = torch.cat(
+        [
+            layers.head_input(x[index : index + 1, at : at + 1], arithmetic, [probe], at, at + 1)[0]
+            for (index, position), probe in zip(where, probes, strict=True)
+            for at in [prefix - 1 + position]
+        ]
+    )
+    errors = [error_of(arithmetic, layers.depth - starts[index], layers.shape.hidden) for index, _ in where]
+    decided = head.decide_at(hidden, probes, [position for _, position in where], errors)
     left = []
-    for index, doubt in enumerate(doubts):
-        state = x[index : index + 1, prefix - 1 : lengths[index]]
-        hidden = layers.head_input(state, arithmetic, [doubt.probe], prefix - 1, lengths[index])
-        error = error_of(arithmetic, layers.depth - starts[index], layers.shape.hidden)
-        decided = head.decide(hidden, [doubt.probe], 0, error)
-        sure = (decided.mismatch & decided.certain)[0]
+    counts = [len(doubt.positions) for doubt in doubts]
+    columns = (each.split(counts) for each in (decided.mismatch, decided.certain, decided.lead))
+    for doubt, mismatch, certain, lead in zip(doubts, *columns, strict=True):
+        sure = mismatch & certain
         at = int(sure.int().argmax()) if bool(sure.any()) else len(sure)
         if at < len(sure):
-            doubt.found.fdt[doubt.probe], doubt.found.lead[doubt.probe] = at, decided.lead[0, at]
-        uncertain = (~decided.certain[0, :at]).nonzero()
-        if len(uncertain):
-            left.append(replace(doubt, last=int(uncertain[-1])))
+            doubt.found.fdt[doubt.probe], doubt.found.lead[doubt.probe] = doubt.positions[at], lead[at]
+        uncertain = (~certain[:at]).nonzero()[:, 0].tolist()
+        if uncertain:
+            left.append(replace(doubt, positions=[doubt.positions[each] for each in uncertain]))
     return left

@@ -53,15 +53,15 @@ class FirstDivergence:
         fdt: int64 [P], N where none was found to diverge.
         lead: float32 [P], by how many logits the base's token wins there (it loses); NaN where none diverges.
         seen: int64 [P], how many positions of the completion were read; no more are read after a divergence.
-        uncertain: probe → (first, last) position of its completion, before its FDT, that the arithmetic's error may
-            have decided: up to the last one it must be computed exactly.
+        uncertain: probe → positions of its completion, before its FDT, that the arithmetic's error may have decided,
+            in order.
     """
 
     completion: int
     fdt: Tensor
     lead: Tensor
     seen: Tensor
-    uncertain: dict[int, tuple[int, int]] = field(default_factory=dict)
+    uncertain: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
     def unknown(cls, probes: int, completion: int) -> "FirstDivergence":
@@ -76,8 +76,8 @@ class FirstDivergence:
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The lowest and the highest FDT that each probe can have, int64 [P]."""
         lowest = torch.where(self.fdt < self.completion, self.fdt, self.seen)
-        for probe, (first, _) in self.uncertain.items():
-            lowest[probe] = min(int(lowest[probe]), first)
+        for probe, positions in self.uncertain.items():
+            lowest[probe] = min(int(lowest[probe]), positions[0])
         return lowest, self.fdt
 
 
@@ -136,7 +136,8 @@ def first_divergence(
                 x = layers.run(layer, treatments, x, arithmetic, alive, first, end, first_output=wanted)
             at = prefix - 1 + begin
             x = None if x is None else x[:, at - first :]
-            decided = head.decide(layers.head_input(x, arithmetic, alive, at, end), alive, begin, error)
+            hidden = layers.head_input(x, arithmetic, alive, at, end)
+            decided = head.decide(hidden, alive, begin, error, until_mismatch=True)
             alive = _take_in(found, decided, alive, begin)
             if referee is not None and not referee.goes_on(found):
                 return found
@@ -155,8 +156,7 @@ def _take_in(found: FirstDivergence, decided: Decisions, alive: list[int], begin
         else:
             going_on.append(probe)
         found.seen[probe] = begin + end
-        doubtful = (~decided.certain[row, :end]).nonzero()
+        doubtful = (~decided.certain[row, :end]).nonzero()[:, 0] + begin
         if len(doubtful):
-            first = found.uncertain.get(probe, (begin + int(doubtful[0]), 0))[0]
-            found.uncertain[probe] = (first, begin + int(doubtful[-1]))
+            found.uncertain.setdefault(probe, []).extend(doubtful.tolist())
     return going_on

@@ -119,7 +119,8 @@ class FirstPass:
                 yield indices, referee.lost
                 continue
             doubts = [
-                Doubt(by_layer, start, probe, last, found) for probe, (_, last) in found.uncertain.items()
+                Doubt(by_layer, start, probe, positions, found)
+                for probe, positions in found.uncertain.items()
             ]
             waiting.append(_Waiting(indices, configuration, found, doubts))
             if not doubts or sum(len(each.doubts) for each in waiting) >= _DOUBTS:

@@ -55,7 +55,14 @@ class Head:
         self._certificate = ops.Certificate.build(hidden, self._weight)
         self._norm = torch.linalg.vector_norm(self._weight, dim=1, dtype=torch.float32)
 
-    def decide(self, hidden: Tensor, rows: Sequence[int], first: int, error: float = 0.0) -> Decisions:
+    def decide(
+        self,
+        hidden: Tensor,
+        rows: Sequence[int],
+        first: int,
+        error: float = 0.0,
+        until_mismatch: bool = False,
+    ) -> Decisions:
         """What probes ``rows`` choose at positions ``first`` … of their completions.
 
         Args:
@@ -64,42 +71,72 @@ class Head:
             first: the position in the completions of ``hidden[:, 0]``.
             error: how far the distance of a hidden state to the border of a decision may be from its true one, in
                 units of how far the state is from the base's; 0: not at all.
+            until_mismatch: what follows the first certain mismatch of a row is not wanted and holds nothing of use.
 
         Raises:
             MeasurementError: hidden is not finite.
         """
+        R, C = hidden.shape[:2]  # noqa: N806
+        columns = torch.arange(first, first + C, device=hidden.device)
+        index = (
+            torch.as_tensor(list(rows), device=hidden.device)[:, None] * self._reference.shape[1] + columns
+        )
+        errors = torch.tensor(error, device=hidden.device).expand(R * C)
+        found = self._decide(hidden.reshape(R * C, -1), index.flatten(), errors, C if until_mismatch else 1)
+        return Decisions(*(each.view(R, C) for each in (found.mismatch, found.certain, found.lead)))
+
+    def decide_at(
+        self, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], errors: Sequence[float]
+    ) -> Decisions:
+        """As ``decide``, one position of one probe for each of ``hidden`` [R, D]; decisions are [R]."""
+        index = torch.tensor(rows) * self._reference.shape[1] + torch.tensor(positions)
+        found = self._decide(hidden, index.to(hidden.device), torch.tensor(errors, device=hidden.device), 1)
+        return Decisions(found.mismatch, found.certain, found.lead)
+
+    def _decide(self, hidden: Tensor, index: Tensor, error: Tensor, run: int) -> "_Rows":
+        """What R ``hidden`` states [R, D] choose.
+
+        Args:
+            hidden: neighbours in runs of ``run``, of which what is behind the first certain mismatch is not wanted.
+            index: int64 [R], which of all positions of all probes these are.
+            error: float32 [R].
+            run: 1 if everything is wanted.
+        """
         check_finite(hidden)
         kept = self._certificate
-        P, N = self._reference.shape  # noqa: N806
-        R, C = hidden.shape[:2]  # noqa: N806
-        wanted = torch.as_tensor(list(rows), device=hidden.device)[:, None] * N + torch.arange(
-            first, first + C, device=hidden.device
+        base = kept.hidden.flatten(0, 1)[index]
+        reference, top, nearest = self._reference.flatten()[index], kept.top[index], kept.nearest[index]
+        radius = kept.radius[index] / (1 + error)[:, None]
+        threats = count_threats(hidden, base, radius, native_code=hidden.device.type == "cpu" and _native())
+        rows = _Rows(
+            hidden=hidden,
+            reference=reference,
+            reach=error * (hidden.float() - base.float()).norm(dim=1),
+            mismatch=top != reference,
+            certain=torch.ones_like(top, dtype=torch.bool),
+            lead=torch.full(top.shape, torch.nan, device=hidden.device),
         )
-        index = wanted.flatten()
-        flat = hidden.reshape(R * C, -1)
-        base = kept.hidden.view(P * N, -1)[index]
-        reference, top = self._reference.flatten()[index], kept.top[index]
-        radius = kept.radius[index] / (1 + error)
-        threats = count_threats(flat, base, radius, native_code=flat.device.type == "cpu" and _native())
-        mismatch, certain = top != reference, torch.ones_like(top, dtype=torch.bool)
-        leads = torch.full(top.shape, torch.nan, device=flat.device)
-        reach = error * (flat.float() - base.float()).norm(dim=1)
-        nearest = kept.nearest[index]
-        by_few = ((threats <= nearest.shape[1]) & ((threats > 0) | mismatch)).nonzero()[:, 0]
-        if len(by_few):
-            # The base's choice in the place of what is no threat: a row's tokens are these and its reference.
-            threatening = torch.arange(nearest.shape[1], device=flat.device) < threats[by_few, None]
-            own = torch.where(threatening, nearest[by_few], top[by_few, None])
-            own = torch.cat([own, top[by_few, None], reference[by_few, None]], dim=1)
-            tokens = own.unique()
-            among = torch.zeros(len(own), len(tokens), dtype=torch.bool, device=flat.device)
-            among.scatter_(1, torch.searchsorted(tokens, own), True)
-            self._judge(flat, by_few, tokens, among, reference, reach, mismatch, certain, leads)
-        by_many = (threats > nearest.shape[1]).nonzero()[:, 0]
-        for some in by_many.split(_ROWS) if len(by_many) else ():
-            for group in self._screened(flat, some, reference, reach):
-                self._judge(flat, *group, reference, reach, mismatch, certain, leads)
-        return Decisions(*(each.view(R, C) for each in (mismatch, certain, leads)))
+        is_many = threats > nearest.shape[1]
+        wanted = ((threats > 0) | rows.mismatch) & ~is_many
+        if run > 1:
+            # A certain mismatch among the nearest few is one among all, and then nothing behind it is wanted.
+            wanted |= is_many
+            threats = torch.where(is_many, _RIVALS, threats)
+        # Those with few threats are taken together, so that one with many does not burden them.
+        for chosen in (wanted & (threats <= _RIVALS), wanted & (threats > _RIVALS)):
+            some = chosen.nonzero()[:, 0]
+            if len(some):
+                most = nearest.shape[1] if int(threats[some].max()) > _RIVALS else _RIVALS
+                self._judge(
+                    rows, some, *_own_tokens(nearest[some, :most], threats[some], top[some], reference[some])
+                )
+        if run > 1:
+            sure = (rows.mismatch & rows.certain).view(-1, run)
+            is_many &= (sure.cumsum(1) - sure.int() == 0).flatten()
+        for some in is_many.nonzero()[:, 0].split(_ROWS) if bool(is_many.any()) else ():
+            for group in self._screened(rows, some):
+                self._judge(rows, *group)
+        return rows
 
     def nll(self, hidden: Tensor) -> Tensor:
         """The negative log-likelihoods float32 [P, N] of the completions under ``hidden`` [P, N, D]: the whole head."""
@@ -113,73 +150,92 @@ class Head:
             moved = max(moved, float((leads[0] - leads[1]).abs().max()))
         return moved
 
-    def _screened(
-        self, flat: Tensor, rows: Tensor, reference: Tensor, reach: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-        """``rows`` in groups, with what ``_judge`` takes as ``tokens`` and ``among``."""
+    def _screened(self, rows: "_Rows", some: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """``some`` of the rows in groups, with what ``_judge`` takes as ``tokens`` and ``among``."""
         screen = self._certificate.screen
-        covered = torch.zeros_like(rows, dtype=torch.bool) if screen is None else screen.covers(flat[rows])
+        hidden, reference = rows.hidden[some], rows.reference[some]
+        covered = torch.zeros_like(some, dtype=torch.bool) if screen is None else screen.covers(hidden)
         if not bool(covered.all()):
-            yield rows[~covered], None, None
-        rows = rows[covered]
-        if screen is None or len(rows) == 0:
+            yield some[~covered], None, None
+            some, hidden, reference = some[covered], hidden[covered], reference[covered]
+        if screen is None or len(some) == 0:
             return
-        rivals = screen.rivals(flat[rows], self._weight, reference[rows], reach[rows])
-        rivals.scatter_(1, reference[rows, None], True)
+        rivals = screen.rivals(hidden, self._weight, reference, rows.reach[some])
+        rivals.scatter_(1, reference[:, None], True)
         # Those with few are taken together, so that one with many does not burden them.
         for group in _row_counts(rivals).argsort().split(_GROUP):
             tokens = rivals[group].any(0).nonzero()[:, 0]
             if len(tokens) < _WORTHWHILE * rivals.shape[1]:
-                yield rows[group], tokens, rivals[group][:, tokens]
+                yield some[group], tokens, rivals[group][:, tokens]
             else:
-                yield rows[group], None, rivals[group]
+                yield some[group], None, rivals[group]
 
-    def _judge(
-        self,
-        flat: Tensor,
-        rows: Tensor,
-        tokens: Tensor | None,
-        among: Tensor | None,
-        reference: Tensor,
-        reach: Tensor,
-        mismatch: Tensor,
-        certain: Tensor,
-        leads: Tensor,
-    ) -> None:
-        """Fills in what logits say of R ``rows``.
+    def _judge(self, rows: "_Rows", some: Tensor, tokens: Tensor | None, among: Tensor | None) -> None:
+        """Fills in what logits say of some of the rows.
 
         Args:
-            flat: the hidden states of all rows, as what follows ``among`` is of all.
-            rows: which to judge.
+            rows: what is known, and is filled in.
+            some: which of them, S.
             tokens: int64 [v], ascending: their logits are computed; None for all.
-            among: bool [R, v], which of them can win within a row's reach; None for all. Only these tell how
+            among: bool [S, v], which of them can win within a row's reach; None for all. Only these tell how
                 certain a row is, so that this does not depend on the others.
-            reference: the tokens that the base wrote.
-            reach: how far a distance to a decision may be off.
-            mismatch: filled in.
-            certain: filled in.
-            leads: filled in.
         """
         weight = self._weight if tokens is None else self._weight.index_select(0, tokens)
-        wanted = reference[rows] if tokens is None else torch.searchsorted(tokens, reference[rows])
-        logits = _linear(flat[rows], weight)
-        mismatch[rows] = logits.argmax(dim=1) != wanted  # the lowest id, where logits are equal
+        reference, reach = rows.reference[some], rows.reach[some]
+        wanted = reference if tokens is None else torch.searchsorted(tokens, reference)
+        logits = _linear(rows.hidden[some], weight)
+        mismatch = logits.argmax(dim=1) != wanted  # the lowest id, where logits are equal
         own = logits.gather(1, wanted[:, None]).float()
         if among is not None:
             logits = logits.masked_fill(~among, -torch.inf)
         values, ids = logits.topk(min(_RIVALS + 1, logits.shape[1]), dim=1)
         ahead = own - values.float()
         ahead[ids == wanted[:, None]] = torch.inf
-        leads[rows] = torch.where(mismatch[rows], ahead.amin(dim=1), torch.nan)
-        if bool((reach[rows] > 0).any()):
-            ids, looked_at = ids[:, :_RIVALS], ahead[:, :_RIVALS]
-            apart = (weight[ids] - weight[wanted][:, None]).float().norm(dim=2)
-            distance = (looked_at / apart).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(dim=1).abs()
-            sure = distance > reach[rows]
+        rows.mismatch[some] = mismatch
+        # No two tokens are further apart than the sum of their norms: that alone makes most rows certain.
+        nearest = ahead.amin(dim=1)
+        rows.lead[some] = torch.where(mismatch, nearest, torch.nan)
+        certain = (nearest.abs() > reach * (self._norm[reference] + self._norm.max())) | (reach == 0)
+        rows.certain[some] = certain
+        close = (~certain).nonzero()[:, 0]
+        if len(close):
+            ids, ahead, reference, reach = ids[close], ahead[close], reference[close], reach[close]
+            apart = (weight[ids[:, :_RIVALS]] - self._weight[reference][:, None]).float().norm(dim=2)
+            distance = (
+                (ahead[:, :_RIVALS] / apart).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(dim=1).abs()
+            )
+            sure = distance > reach
             # The tokens that were not looked at are at least this far away.
             others = ahead[:, _RIVALS:].amin(dim=1) if ahead.shape[1] > _RIVALS else torch.inf
-            sure &= mismatch[rows] | (others / (self._norm[reference[rows]] + self._norm.max()) > reach[rows])
-            certain[rows] = sure | (reach[rows] == 0)
+            sure &= mismatch[close] | (others / (self._norm[reference] + self._norm.max()) > reach)
+            rows.certain[some[close]] = sure
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """R hidden states that are decided together, and what is known of them."""
+
+    hidden: Tensor
+    """[R, D]."""
+    reference: Tensor
+    """int64 [R], the tokens that the base wrote."""
+    reach: Tensor
+    """float32 [R], how far a distance to a decision may be off."""
+    mismatch: Tensor
+    """This and the next two as in ``Decisions``, each [R]."""
+    certain: Tensor
+    lead: Tensor
+
+
+def _own_tokens(nearest: Tensor, threats: Tensor, top: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens [v] that may win in any of R rows, ascending, and which of them may in each: bool [R, v]."""
+    # The base's choice in the place of what is no threat: a row's tokens are these and its reference.
+    threatening = torch.arange(nearest.shape[1], device=nearest.device) < threats[:, None]
+    own = torch.where(threatening, nearest, top[:, None])
+    own = torch.cat([own, top[:, None], reference[:, None]], dim=1)
+    tokens = own.unique()
+    among = torch.zeros(len(own), len(tokens), dtype=torch.bool, device=nearest.device)
+    return tokens, among.scatter_(1, torch.searchsorted(tokens, own), True)
 
 
 def can_prove(weight: Tensor) -> bool:

@@ -52,8 +52,9 @@ from dtm_fast.ops.rounding import (
 )
 from dtm_fast.ops.vocabulary_screen import VocabularyScreen
 
-_TILE = 4096  # tokens whose radii are held at a time
-_ROWS = 512  # positions likewise
+_TILE = 1024  # tokens looked at at a time
+_LOGITS = 2**24  # logits held at a time, of all tokens
+_ROWS = 256  # positions at a time at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +86,8 @@ class Certificate:
     ) -> "Certificate":
         """Prepares proofs for hidden states near these.
 
-        Takes the time of about eight full reductions, and 12 bytes per position and kept token; logits are made
-        for 512 positions and 4,096 tokens at a time.
+        Takes the time of about four full reductions, 12 bytes per position and kept token, and for the moment some
+        200 MiB: logits and radii of up to 256 positions at a time.
 
         Args:
             hidden: [B, T, D], float32 or bfloat16: what the base's final norm gives.
@@ -114,7 +115,11 @@ class Certificate:
         rows = hidden.flatten(0, 1)
         kept = min(stages[-1], lm_head.shape[0] - 1)
         norm = torch.cat([norm_above(part) for part in lm_head.split(_TILE)])
-        found = [_nearest(part, lm_head, norm, kept) for part in rows.split(_ROWS)]
+        squares = torch.cat([part.double().square().sum(1) for part in lm_head.split(_TILE)]).to(
+            product_dtype()
+        )
+        count = max(1, min(_ROWS, _LOGITS // len(lm_head)))
+        found = [_nearest(part, lm_head, norm, squares, kept) for part in rows.split(count)]
         top, nearest, radius = (torch.cat(parts) for parts in zip(*found, strict=True))
         return cls(hidden, lm_head, stages, top, nearest, radius, _version(lm_head))
 
@@ -168,64 +173,61 @@ def product_dtype() -> torch.dtype:
 
 
 def _nearest(
-    hidden: torch.Tensor, lm_head: torch.Tensor, norm: torch.Tensor, kept: int
+    hidden: torch.Tensor, lm_head: torch.Tensor, norm: torch.Tensor, squares: torch.Tensor, kept: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """top [P], nearest [P, kept] and radius [P, kept + 1] of hidden [P, D]; norm [V] is above ‖w_v‖."""
-    dtype = product_dtype()
+    """top [P], nearest [P, kept] and radius [P, kept + 1] of hidden [P, D].
+
+    norm [V] is above ‖w_v‖, squares [V] are ‖w_v‖² in product_dtype().
+    """
+    dtype, depth = product_dtype(), hidden.shape[1]
+    gamma, epsilon, tau = summation_error(depth), underflow_error(depth), tie_width(hidden.dtype)
     x = hidden.to(dtype)
-    starts = range(0, lm_head.shape[0], _TILE)
-    z_top, top = (x @ lm_head[:_TILE].to(dtype).T).max(1)
-    for start in starts[1:]:
-        z, ids = (x @ lm_head[start : start + _TILE].to(dtype).T).max(1)
-        better = z > z_top
-        z_top, top = torch.where(better, z, z_top), torch.where(better, ids + start, top)
-    w_top = lm_head[top].to(dtype)
+    logits = [x @ w.to(dtype).T for w in lm_head.split(_TILE)]
+    highest, ids = (torch.stack(parts) for parts in zip(*(tile.max(1) for tile in logits), strict=True))
+    z_top, tile_of_top = highest.max(0)
+    top = ids.gather(0, tile_of_top[None])[0] + tile_of_top * _TILE
+    # Positions share their top tokens, so that the distances between tokens are fewer than positions.
+    tops, of_position = top.unique(return_inverse=True)
+    w_top = lm_head[tops].to(dtype)
     norm_hidden, norm_top = norm_above(hidden)[:, None], norm[top][:, None]
-    nearest = top.new_empty((len(top), 0))
-    radius = norm.new_empty((len(top), 0))
-    for start in starts:
-        w = lm_head[start : start + _TILE].to(dtype)
-        ids = torch.arange(start, start + len(w), device=top.device)
-        found = _radii(
-            (z_top[:, None] - x @ w.T).float(),
-            _difference_norm(w_top, w, norm_top + norm[ids]),
-            z_top.float()[:, None].abs(),
-            (norm_hidden, norm_top, norm[ids]),
-            (ids < top[:, None]) * tie_width(hidden.dtype),
-            hidden.shape[1],
+    base_error = 2 * gamma * norm_hidden
+    z_top = z_top[:, None]
+    tie = tau * (z_top.float().abs() + base_error * norm_top)
+    radii = []
+    # Step 3, in place: what is computed with a tile of tokens stays in the second-level cache.
+    for start in range(0, len(lm_head), _TILE):
+        tile = slice(start, start + _TILE)
+        reach = _difference_norm(
+            w_top, lm_head[tile].to(dtype), squares[tops], squares[tile], norm[tops], norm[tile]
         )
-        found[ids == top[:, None]] = torch.inf
-        radius = torch.cat([radius, found], 1)
-        nearest = torch.cat([nearest, ids.expand(len(top), -1)], 1)
-        radius, chosen = radius.topk(min(kept + 1, radius.shape[1]), 1, largest=False)
-        nearest = nearest.gather(1, chosen)
+        reach = reach[of_position]
+        norms = norm_top + norm[tile]
+        radius = (z_top - logits.pop(0)).float().addcmul_(base_error, norms, value=-1)
+        reach.add_(norms, alpha=gamma)
+        if tau:
+            lower = (torch.arange(start, start + norms.shape[1], device=top.device) < top[:, None]).float()
+            radius.addcmul_(lower, tie, value=-1)
+            reach.addcmul_(lower, tau * (1 + gamma) * norm_top)
+        radius.sub_(8 * epsilon).div_(reach).mul_(REDUCED)
+        radii.append(radius.nan_to_num_(-torch.inf, torch.inf, -torch.inf))
+    radius = torch.cat(radii, 1).scatter_(1, top[:, None], torch.inf)
+    radius, nearest = radius.topk(min(kept + 1, len(lm_head)), 1, largest=False)
     # Beyond this ‖Δ‖ a logit might overflow. The top token itself has come in as the last one, with +inf.
     limit = (LARGEST_LOGIT / norm.max() - norm_hidden).nan_to_num(-torch.inf)
     return top, nearest[:, :kept].contiguous(), torch.minimum(radius, limit * REDUCED)
 
 
-def _difference_norm(w_top: torch.Tensor, w: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Step 4: an upper bound of ‖w_a - w_v‖ [P, tile]; norms is s."""
-    squares_top, squares = (each.double().square().sum(1).to(w.dtype) for each in (w_top, w))
-    depth = w.shape[1]
-    computed = (squares_top[:, None] + squares - 2 * (w_top @ w.T)).float().clamp(min=0)
-    slack = 2 * summation_error(depth) * norms.square() + 4 * underflow_error(depth)
-    return (computed + slack).sqrt() * ENLARGED
-
-
-def _radii(
-    gap: torch.Tensor,
-    difference: torch.Tensor,
-    z_top: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ties: torch.Tensor,
-    depth: int,
+def _difference_norm(
+    w_top: torch.Tensor,
+    w: torch.Tensor,
+    squares_top: torch.Tensor,
+    squares: torch.Tensor,
+    norm_top: torch.Tensor,
+    norm: torch.Tensor,
 ) -> torch.Tensor:
-    """Step 3: r_v [P, tile] from ẑ_a - ẑ_v, ‖w_a - w_v‖, |ẑ_a|, (‖h‖, ‖w_a‖, ‖w_v‖) and t."""
-    gamma = summation_error(depth)
-    norm_hidden, norm_top, norm = norms
-    base_error = 2 * gamma * norm_hidden
-    slack = base_error * (norm_top + norm) + ties * (z_top + base_error * norm_top)
-    reach = difference + gamma * (norm_top + norm) + ties * (1 + gamma) * norm_top
-    radius = (gap - slack - 8 * underflow_error(depth)) / reach * REDUCED
-    return radius.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    """Step 4: an upper bound of ‖w_a - w_v‖, float32 [tops, tile]."""
+    depth = w.shape[1]
+    computed = (w_top @ w.T).mul_(-2).add_(squares_top[:, None]).add_(squares).float().clamp_(min=0)
+    norms = norm_top[:, None] + norm
+    computed.addcmul_(norms, norms, value=2 * summation_error(depth)).add_(4 * underflow_error(depth))
+    return computed.sqrt_().mul_(ENLARGED)

@@ -150,6 +150,54 @@ def test_a_decision_has_the_same_bits_in_any_company(shape, moves, chosen, colum
         assert torch.equal(all_of_them[chosen, first:stop], some)
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    shape=st.tuples(st.integers(2, 300), st.integers(1, 40)),
+    moves=st.lists(MOVES, min_size=20, max_size=20),
+    dtype=st.sampled_from(DTYPES),
+    errors=st.lists(st.sampled_from([0.0, 0.01, 0.3]), min_size=5, max_size=5),
+    seed=SEEDS,
+)
+def test_up_to_the_first_certain_mismatch_and_one_by_one_decisions_have_the_same_bits(
+    shape, moves, dtype, errors, seed
+):
+    if reason := native.why_no_cpu_kernels():
+        pytest.skip(f"only the kernels sum in one order: {reason}")
+    weight, base = drawn(*shape, seed=seed).to(dtype), drawn(5, 4, shape[1], seed=seed + 1)
+    change = torch.tensor(moves).view(5, 4, 1) * drawn(5, 4, shape[1], seed=seed + 2)
+    hidden, base = (base + change).to(dtype), base.to(dtype)
+    head, _ = head_of(weight, base)
+    for probe, error in enumerate(errors):
+        everything = head.decide(hidden[[probe]], [probe], 0, error)
+        sure = (everything.mismatch & everything.certain)[0]
+        end = int(sure.int().argmax()) + 1 if bool(sure.any()) else 4
+        wanted = head.decide(hidden[[probe]], [probe], 0, error, until_mismatch=True)
+        single = head.decide_at(hidden[probe, :end], [probe] * end, range(end), [error] * end)
+        for all_of_them, first, alone in zip(bits(everything), bits(wanted), bits(single), strict=True):
+            assert torch.equal(all_of_them[0, :end], first[0, :end])
+            assert torch.equal(all_of_them[0, :end], alone)
+
+
+def test_many_rows_up_to_their_first_certain_mismatch_need_fewer_decisions_of_the_whole_vocabulary(
+    monkeypatch,
+):
+    weight, base = drawn(2000, 24), drawn(6, 40, 24, seed=1)
+    hidden, (head, _) = base + 0.5 * drawn(6, 40, 24, seed=2), head_of(weight, base)
+    looked_at = []
+    screened = Head._screened
+    monkeypatch.setattr(
+        Head,
+        "_screened",
+        lambda self, rows, some: (looked_at.append(len(some)), screened(self, rows, some))[1],
+    )
+    everything = head.decide(hidden, range(6), 0, 0.01)
+    wanted = head.decide(hidden, range(6), 0, 0.01, until_mismatch=True)
+    sure = everything.mismatch & everything.certain
+    before = sure.cumsum(1) - sure.int() == 0
+    assert torch.equal(wanted.mismatch[before], everything.mismatch[before])
+    assert 0 < looked_at[1] <= int(before.sum()) < looked_at[0]
+
+
 @pytest.mark.parametrize("seed", [84, 108, 109])
 def test_how_certain_a_decision_is_depends_on_no_other(seed):
     # Seeds with a decision that a bound over the tokens of all rows together would call uncertain.

@@ -15,7 +15,7 @@ from dtm_fast.measure.racing import Contest, Dropped, fdt75, name_of
 N = 20
 
 
-def found_of(fdt: list[int], seen: list[int], uncertain: dict[int, tuple[int, int]] | None = None):
+def found_of(fdt: list[int], seen: list[int], uncertain: dict[int, list[int]] | None = None):
     return FirstDivergence(
         N, torch.tensor(fdt), torch.zeros(len(fdt)), torch.tensor(seen), uncertain if uncertain else {}
     )
@@ -41,7 +41,7 @@ def test_a_name_does_not_depend_on_the_order_of_writing():
 
 
 def test_bounds_are_what_was_read():
-    lowest, highest = found_of([3, N, N, N], [3, 10, 0, 10], {3: (4, 6)}).bounds()
+    lowest, highest = found_of([3, N, N, N], [3, 10, 0, 10], {3: [4, 6]}).bounds()
     assert lowest.tolist() == [3, 10, 0, 4]
     assert highest.tolist() == [3, N, N, N]
 

@@ -12,6 +12,8 @@ namespace {
 
 // Columns of gate and up at a time: with the rows of a chunk, they stay in the second-level cache.
 constexpr int64_t kGateCols = 128;
+// Of the base's gate and up, so many rows before they are read. With 2 to 8 a layer takes 0.95 of the time.
+constexpr int64_t kRowsAhead = 4;
 
 // The order of things: states of all rows that the second half needs of the first are its attention alone, so
 // that half goes through few rows at a time. To a product is added what comes before it: the bias, or for
@@ -343,8 +345,11 @@ class LayerTask {
       return;
     }
     base += j;
-    fetch_row(reinterpret_cast<const char*>(base + cols), cols * sizeof(float));  // the next columns
-    fetch_row(reinterpret_cast<const char*>(base + wide + cols), cols * sizeof(float));
+    // Rows are too far apart for the machine to foresee the next ones.
+    for (int64_t half = 0; half < 2; ++half) {
+      const float* const ahead = base + (2 * kRowsAhead + half) * wide;
+      fetch_row(reinterpret_cast<const char*>(ahead), cols * sizeof(float));
+    }
     for (int64_t k = 0; k < cols; k += 32) {
       __m512 products[2], changes[2];
       for (int64_t half = 0; half < 2; ++half) {
