@@ -30,7 +30,8 @@ from dtm_fast.ops.rounding import (
     underflow_error,
 )
 
-_TILE = 4096  # tokens looked at at a time
+_TILE = 4096  # tokens looked at at a time, or of few positions as many as make
+_LOGITS = 2**20  # so many logits
 _CONVERSION = 16 * 2.0**-24
 
 
@@ -99,8 +100,9 @@ class VocabularyScreen:
         # int8_linear quantizes a float32 copy to the same values and does not round its result to bfloat16.
         hidden = hidden.float()
         found = torch.empty((len(hidden), len(lm_head)), dtype=torch.bool, device=hidden.device)
-        for start in range(0, len(lm_head), _TILE):
-            tile = slice(start, start + _TILE)
+        tokens = max(_TILE, _LOGITS // max(1, len(hidden)))
+        for start in range(0, len(lm_head), tokens):
+            tile = slice(start, start + tokens)
             above = int8_linear(hidden, self.qweight[tile], self.scale[tile])
             above.addcmul_(per_norm[:, None], self.norm[tile])
             above.addcmul_(per_lost[:, None], self.lost[tile])
