@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -29,8 +28,8 @@ _FINENESS = 2**-7
 # In which parts a completion is read, as shares of it. Each part makes the weights come anew, which takes as long as
 # some hundred positions; on SmolLM2, of 1 to 4 parts two were best for changes small and large. A referee may stop
 # after each.
-_PARTS = (0, 1 / 3, 1)
-_PARTS_WITH_REFEREE = (0, 1 / 4, 2 / 4, 3 / 4, 1)
+_PARTS = (1 / 3, 1)
+_PARTS_WITH_REFEREE = (1 / 4, 2 / 4, 3 / 4, 1)
 
 Steps = Sequence[tuple[int, Configuration]]
 """Layers to run, in order, and what is done to the components of each."""
@@ -120,43 +119,83 @@ def first_divergence(
     """
     completion = layers.positions + 1 - prefix
     found = FirstDivergence.unknown(layers.count, completion)
-    shares: Sequence[float] = _PARTS if referee is None else _PARTS_WITH_REFEREE
+    parts = _parts(layers, head, completion, referee is not None)
     groups: Sequence[Sequence[int]] = [range(layers.count)] if referee is None else referee.groups
     if not all(layers.can_run_in_parts(treatments) for _, treatments in steps):
-        shares, groups = (0, 1), [range(layers.count)]
+        parts, groups = [[completion] * layers.count], [range(layers.count)]
     for group in groups:
-        alive = list(group)
-        for begin, stop in pairwise(int(completion * share) for share in shares):
-            if not alive or begin == stop:
+        alive, begins = list(group), [0] * layers.count
+        for stops in parts:
+            read = [probe for probe in alive if begins[probe] < stops[probe]]
+            if not read:
                 continue
+            # What some of them have seen before comes out as it was.
+            begin, stop = min(begins[probe] for probe in read), max(stops[probe] for probe in read)
             first, end = (0 if begin == 0 else prefix - 1 + begin), prefix - 1 + stop
-            x = None if state is None else state[alive, first:end].contiguous()
+            lengths = [prefix - 1 + stops[probe] - first for probe in read]
+            x = None if state is None else state[read, first:end].contiguous()
             for layer, treatments in steps:
                 wanted = prefix - 1 if layer == layers.depth - 1 else 0
-                x = layers.run(layer, treatments, x, arithmetic, alive, first, end, first_output=wanted)
+                x = layers.run(
+                    layer, treatments, x, arithmetic, read, first, end, first_output=wanted, lengths=lengths
+                )
             at = prefix - 1 + begin
-            x = None if x is None else x[:, at - first :]
-            hidden = layers.head_input(x, arithmetic, alive, at, end)
-            decided = head.decide(hidden, alive, begin, error, until_mismatch=True)
-            alive = _take_in(found, decided, alive, begin)
+            if x is not None:
+                x = x[:, at - first :]
+                for row, probe in enumerate(read):  # what was not run decides nothing, but must be finite
+                    unread = slice(stops[probe] - begin, None)
+                    x[row, unread] = (
+                        0 if arithmetic.is_change else layers.base(layers.depth, [probe], at, end)[0, unread]
+                    )
+            hidden = layers.head_input(x, arithmetic, read, at, end)
+            decided = head.decide(hidden, read, begin, error, until_mismatch=True)
+            diverged = _take_in(found, decided, read, begin, begins, stops)
+            alive = [probe for probe in alive if probe not in diverged]
+            begins = [max(own) for own in zip(begins, stops, strict=True)]
             if referee is not None and not referee.goes_on(found):
                 return found
     return found
 
 
-def _take_in(found: FirstDivergence, decided: Decisions, alive: list[int], begin: int) -> list[int]:
-    """Adds the decisions of a part to what is found; returns who has not certainly diverged."""
-    going_on = []
+def _parts(layers: FusedLayers, head: Head, completion: int, has_referee: bool) -> list[list[int]]:
+    """In which parts the completions are read: for each part, the position behind its last one, of every probe."""
+    if layers.treatments and not has_referee:
+        # A base that diverges: what differs a little from it mostly diverges there, too.
+        own = [min(at + 1, completion) for at in head.base_divergence]
+        return [own, [completion] * layers.count]
+    shares = _PARTS_WITH_REFEREE if has_referee else _PARTS
+    return [[int(completion * share)] * layers.count for share in shares]
+
+
+def _take_in(
+    found: FirstDivergence,
+    decided: Decisions,
+    read: Sequence[int],
+    first: int,
+    begins: Sequence[int],
+    stops: Sequence[int],
+) -> set[int]:
+    """Adds what was decided of the probes ``read`` to what is found; returns who has certainly diverged.
+
+    Args:
+        found: added to.
+        decided: from position ``first`` of the completions on.
+        read: whose decisions these are.
+        first: a position.
+        begins: of every probe, the first position that is new.
+        stops: of every probe, the position behind the last one that was run.
+    """
+    diverged = set()
     sure = decided.mismatch & decided.certain
-    for row, probe in enumerate(alive):
-        end = sure.shape[1]
-        if bool(sure[row].any()):
+    for row, probe in enumerate(read):
+        end = stops[probe] - first
+        if bool(sure[row, :end].any()):
             end = int(sure[row].int().argmax())
-            found.fdt[probe], found.lead[probe] = begin + end, decided.lead[row, end]
-        else:
-            going_on.append(probe)
-        found.seen[probe] = begin + end
-        doubtful = (~decided.certain[row, :end]).nonzero()[:, 0] + begin
+            found.fdt[probe], found.lead[probe] = first + end, decided.lead[row, end]
+            diverged.add(probe)
+        found.seen[probe] = first + end
+        new = slice(begins[probe] - first, end)
+        doubtful = (~decided.certain[row, new]).nonzero()[:, 0] + begins[probe]
         if len(doubtful):
             found.uncertain.setdefault(probe, []).extend(doubtful.tolist())
-    return going_on
+    return diverged

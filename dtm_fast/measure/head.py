@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,13 @@ class Head:
         self._reference = reference.to(weight.device)
         self._certificate = ops.Certificate.build(hidden, self._weight)
         self._norm = torch.linalg.vector_norm(self._weight, dim=1, dtype=torch.float32)
+
+    @cached_property
+    def base_divergence(self) -> list[int]:
+        """The first position of each completion where the base chooses another token; N where there is none."""
+        differs = self._certificate.top.view_as(self._reference) != self._reference
+        first = torch.where(differs.any(1), differs.int().argmax(1), self._reference.shape[1])
+        return first.tolist()
 
     def decide(
         self,

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 import dtm_fast as dtm
 from dtm_fast.errors import ComponentError, MeasurementError, ModelError, ProbeError
 from dtm_fast.measure import EXTRA_METRICS
-from dtm_fast.measure.fused_layers import checked_parts
+from dtm_fast.measure.fused_layers import FusedLayers, checked_parts
 from dtm_fast.measure.prefix_tree import tree_of
 from dtm_fast.measure.racing import fdt75, name_of
 from dtm_fast.model import Decoder, model_identity
@@ -392,6 +392,31 @@ def test_from_the_states_of_a_configuration_only_what_differs_is_run(llama, make
     rebased = evaluator.rebased(parent)
     rebased.measure([parent, parent | {last: dtm.Prune(0.5)}], ())
     assert rebased.layer_evaluations == 1
+
+
+@needs_kernels
+def test_from_the_states_of_a_configuration_probes_are_read_to_where_it_diverges_at_first(
+    llama, make_probes, monkeypatch
+):
+    probes = make_probes(llama, 6)
+    evaluator = dtm.Evaluator(llama, probes)
+    parent = dict.fromkeys(dtm.components(llama)[::2], dtm.Prune(0.3))
+    diverges = evaluator.measure([parent], ())[0].fdt.tolist()
+    assert len(set(diverges)) > 2
+    assert min(diverges) < probes.completion - 1
+    read: list[list[int]] = []
+    run = FusedLayers.run
+
+    def counted(self, *given, lengths=None, **more):
+        if lengths is not None and "kv" not in more:  # not of what is in doubt
+            read.append(list(lengths))
+        return run(self, *given, lengths=lengths, **more)
+
+    rebased = evaluator.rebased(parent)
+    monkeypatch.setattr(FusedLayers, "run", counted)
+    last = f"model.layers.{len(evaluator.decoder.layers) - 1}.mlp.up_proj"
+    rebased.measure([parent | {last: dtm.Int8()}], ())
+    assert read[0] == [probes.prefix - 1 + min(at + 1, probes.completion) for at in diverges]
 
 
 @needs_kernels
