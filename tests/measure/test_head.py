@@ -35,6 +35,17 @@ def head_of(weight: Tensor, base: Tensor) -> tuple[Head, Tensor]:
     return Head(weight, base, reference), reference
 
 
+def moved_differently(
+    shape: tuple[int, int], moves: list[float], dtype: torch.dtype, seed: int
+) -> tuple[Head, Tensor]:
+    """A head of `shape` and states [5, 4, D], each so far from its base's; only where decisions have the same bits."""
+    if reason := native.why_no_cpu_kernels():
+        pytest.skip(f"only the kernels sum in one order: {reason}")
+    weight, base = drawn(*shape, seed=seed).to(dtype), drawn(5, 4, shape[1], seed=seed + 1)
+    change = torch.tensor(moves).view(5, 4, 1) * drawn(5, 4, shape[1], seed=seed + 2)
+    return head_of(weight, base.to(dtype))[0], (base + change).to(dtype)
+
+
 def bits(decisions: Decisions) -> list[Tensor]:
     return [decisions.mismatch, decisions.certain, decisions.lead.view(torch.int32)]
 
@@ -137,12 +148,7 @@ def test_rows_and_first_say_which_positions_these_are(rows, columns, move, dtype
     seed=SEEDS,
 )
 def test_a_decision_has_the_same_bits_in_any_company(shape, moves, chosen, columns, dtype, error, seed):
-    if reason := native.why_no_cpu_kernels():
-        pytest.skip(f"only the kernels sum in one order: {reason}")
-    weight, base = drawn(*shape, seed=seed).to(dtype), drawn(5, 4, shape[1], seed=seed + 1)
-    change = torch.tensor(moves).view(5, 4, 1) * drawn(5, 4, shape[1], seed=seed + 2)
-    hidden, base = (base + change).to(dtype), base.to(dtype)
-    head, _ = head_of(weight, base)
+    head, hidden = moved_differently(shape, moves, dtype, seed)
     first, stop = columns[0], min(sum(columns), 4)
     everyone = bits(head.decide(hidden, range(5), 0, error))
     few = bits(head.decide(hidden[chosen, first:stop], chosen, first, error))
@@ -161,12 +167,7 @@ def test_a_decision_has_the_same_bits_in_any_company(shape, moves, chosen, colum
 def test_up_to_the_first_certain_mismatch_and_one_by_one_decisions_have_the_same_bits(
     shape, moves, dtype, errors, seed
 ):
-    if reason := native.why_no_cpu_kernels():
-        pytest.skip(f"only the kernels sum in one order: {reason}")
-    weight, base = drawn(*shape, seed=seed).to(dtype), drawn(5, 4, shape[1], seed=seed + 1)
-    change = torch.tensor(moves).view(5, 4, 1) * drawn(5, 4, shape[1], seed=seed + 2)
-    hidden, base = (base + change).to(dtype), base.to(dtype)
-    head, _ = head_of(weight, base)
+    head, hidden = moved_differently(shape, moves, dtype, seed)
     for probe, error in enumerate(errors):
         everything = head.decide(hidden[[probe]], [probe], 0, error)
         sure = (everything.mismatch & everything.certain)[0]
