@@ -76,17 +76,15 @@ def _settled_by(
                 lengths=[lengths[index] for index in members],
                 kv=kv,
             )
-    where = [(index, position) for index, doubt in enumerate(doubts) for position in doubt.positions]
-    probes = [doubts[index].probe for index, _ in where]
-    hidden = torch.cat(
-        [
-            layers.head_input(x[index : index + 1, at : at + 1], arithmetic, [probe], at, at + 1)[0]
-            for (index, position), probe in zip(where, probes, strict=True)
-            for at in [prefix - 1 + position]
-        ]
-    )
-    errors = [error_of(arithmetic, layers.depth - starts[index], layers.shape.hidden) for index, _ in where]
-    decided = head.decide_at(hidden, probes, [position for _, position in where], errors)
+    places = [(doubt, index, position) for index, doubt in enumerate(doubts) for position in doubt.positions]
+    hidden, errors = [], []
+    for doubt, index, position in places:
+        at = prefix - 1 + position
+        state = x[index : index + 1, at : at + 1]
+        hidden.append(layers.head_input(state, arithmetic, [doubt.probe], at, at + 1)[0])
+        errors.append(error_of(arithmetic, layers.depth - doubt.start, layers.shape.hidden))
+    probes, positions = [doubt.probe for doubt, _, _ in places], [position for _, _, position in places]
+    decided = head.decide_at(torch.cat(hidden), probes, positions, errors)
     left = []
     counts = [len(doubt.positions) for doubt in doubts]
     columns = (each.split(counts) for each in (decided.mismatch, decided.certain, decided.lead))

@@ -28,7 +28,7 @@ class Decisions:
     """What R probes choose at C positions of their completions.
 
     Attributes:
-        mismatch: bool [R, C]: another token than the base wrote.
+        mismatch: bool [R, C] (of ``decide_at``, [R]): another token than the base wrote.
         certain: bool [R, C]: the hidden states' error cannot have decided that.
         lead: float32 [R, C]: the base's token's logit minus the largest other; NaN where there is no mismatch.
     """
@@ -97,7 +97,20 @@ class Head:
     def decide_at(
         self, hidden: Tensor, rows: Sequence[int], positions: Sequence[int], errors: Sequence[float]
     ) -> Decisions:
-        """As ``decide``, one position of one probe for each of ``hidden`` [R, D]; decisions are [R]."""
+        """As ``decide``, with a probe, a position of its completion and an error for each of R hidden states.
+
+        Args:
+            hidden: [R, D].
+            rows: the probes.
+            positions: of their completions.
+            errors: as ``error`` of ``decide``.
+
+        Returns:
+            Decisions of shape [R].
+
+        Raises:
+            MeasurementError: hidden is not finite.
+        """
         index = torch.tensor(rows) * self._reference.shape[1] + torch.tensor(positions)
         found = self._decide(hidden, index.to(hidden.device), torch.tensor(errors, device=hidden.device), 1)
         return Decisions(found.mismatch, found.certain, found.lead)
@@ -202,10 +215,11 @@ class Head:
         ahead = own - values
         ahead[ids == wanted[:, None]] = torch.inf
         rows.mismatch[some] = mismatch
-        # No two tokens are further apart than the sum of their norms: that alone makes most rows certain.
         nearest = ahead.amin(dim=1)
         rows.lead[some] = torch.where(mismatch, nearest, torch.nan)
-        certain = (nearest.abs() > reach * (self._norm[reference] + self._norm.max())) | (reach == 0)
+        # No two tokens are further apart than the sum of their norms: that alone makes most rows certain.
+        furthest = self._norm[reference] + self._norm.max()
+        certain = (nearest.abs() > reach * furthest) | (reach == 0)
         rows.certain[some] = certain
         close = (~certain).nonzero()[:, 0]
         if len(close):
@@ -217,7 +231,7 @@ class Head:
             sure = distance > reach
             # The tokens that were not looked at are at least this far away.
             others = ahead[:, _RIVALS:].amin(dim=1) if ahead.shape[1] > _RIVALS else torch.inf
-            sure &= mismatch[close] | (others / (self._norm[reference] + self._norm.max()) > reach)
+            sure &= mismatch[close] | (others / furthest[close] > reach)
             rows.certain[some[close]] = sure
 
 
