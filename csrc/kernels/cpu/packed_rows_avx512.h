@@ -20,6 +20,7 @@ template <typename LanesOfRows>
 class PackedRows {
  public:
   using Lanes = LanesOfRows;
+  static constexpr int kPieces = 1;  // of each number
   static constexpr int64_t kBlockRows = kMaxRows;
   // Rows that go through the second half of a decoder layer together: all that they need, some 500 KB, stays
   // in the second-level cache.

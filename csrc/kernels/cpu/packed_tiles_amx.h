@@ -44,10 +44,11 @@ inline void copy_block(const float* from, int64_t from_stride, int64_t rows, int
 // Rows of `depth` elements in blocks of two tiles; the last block has one if it has no more rows. A block
 // holds one step of 32 elements after the other. Rows that a tile has beyond the last are never written: what
 // they hold reaches no other row.
-template <int kPieces>
+template <int kPiecesOfNumber>
 class PackedTiles {
  public:
   using Lanes = PairLanes;
+  static constexpr int kPieces = kPiecesOfNumber;
   static constexpr int64_t kBlockRows = 2 * kTileRows;
   // As in packed_rows_avx512.h, but weights take longer to come than to be multiplied, and what has AMX has a
   // second-level cache of 2 MiB.
