@@ -49,8 +49,8 @@ class LayerTask {
     const int64_t first_half =
         2 * Rows::size(rows, layer.hidden) + Rows::written_rows(rows) * layer.qkv_cols();
     const int64_t chunk = rows < Rows::kChunkRows ? rows : Rows::kChunkRows;
-    const int64_t widest = layer.hidden > layer.q_cols() ? layer.hidden : layer.q_cols();
-    const int64_t second_half = 2 * Rows::size(chunk, widest) + 2 * Rows::size(chunk, layer.intermediate) +
+    const int64_t widest = layer.intermediate > layer.q_cols() ? layer.intermediate : layer.q_cols();
+    const int64_t second_half = 2 * Rows::size(chunk, layer.hidden) + 2 * Rows::size(chunk, widest) +
                                 Rows::written_rows(chunk) * (layer.hidden + 2 * kGateCols);
     const int64_t larger = first_half > second_half ? first_half : second_half;
     return 2 * (rows + 16) + attention_rows(rows) * layer.q_cols() + attention + larger + 16 * kAllocations;
@@ -110,24 +110,24 @@ class LayerTask {
     return false;
   }
 
-  // c [rows, cols] = rows' product with the columns skip .. skip + cols - 1 of a projection, kChange: and the
-  // base's with their change
+  // c [rows, cols] = or += rows' product with the columns skip .. skip + cols - 1 of a projection, kChange:
+  // and the base's with their change
   template <typename Wanted>
   void multiply(const Projection& projection, int64_t skip, int64_t cols, const Rows& rows,
-                const Rows& base_rows, bool has_rows, float* c, int64_t c_stride,
-                const Wanted& wanted) const {
+                const Rows& base_rows, bool has_rows, float* c, int64_t c_stride, const Wanted& wanted,
+                bool adds = false) const {
     const int64_t offset = skip * Rows::panel_floats(rows.depth());
     const auto rest = [&](const float* panels) { return panels == nullptr ? nullptr : panels + offset; };
     const bool changes = any_change(&projection, 1);
     if (has_rows) {
-      multiply_rows(rows, projection.panels + offset, rest(projection.panels_rest), cols, false, c, c_stride,
+      multiply_rows(rows, projection.panels + offset, rest(projection.panels_rest), cols, adds, c, c_stride,
                     wanted);
     }
     if (changes) {
-      multiply_rows(base_rows, projection.change + offset, rest(projection.change_rest), cols, has_rows, c,
-                    c_stride, wanted);
+      multiply_rows(base_rows, projection.change + offset, rest(projection.change_rest), cols,
+                    adds || has_rows, c, c_stride, wanted);
     }
-    if (!has_rows && !changes) {
+    if (!has_rows && !changes && !adds) {
       for (int64_t i = 0; i < rows.count(); ++i) fill(c + i * c_stride, nullptr, cols);
     }
   }
@@ -226,29 +226,48 @@ class LayerTask {
     }
   }
 
-  // From the attention's last projection to the end, for rows row0 .. row0 + rows - 1.
+  // From the attention's last projection to the end, for rows row0 .. row0 + rows - 1. What changes in the
+  // residual stream stays with the products, which are added to it.
   void finish(int64_t row0, int64_t rows) {
     const int64_t hidden = layer_.hidden;
     float* const product = take_result(rows, hidden);
-    const Rows block = {nullptr, rows, hidden};
-    const auto wanted = [&](int64_t b) { return has_output(block, b, row0); };
+    const bool changes_in = any_change(layer_.mlp_in, layer_.mlp_ins);
+    const Rows x = take_rows(rows, hidden), base_x = take_rows(changes_in ? rows : 0, hidden);
+    const auto wanted = [&](int64_t b) { return has_output(x, b, row0); };
     const bool has_attention = layer_.start <= LayerStart::kAttentionOut;
+    // kChange: nothing differs before a later start.
+    const bool has_mid = !kIsChange || has_attention;
     if (has_attention) project_attention(row0, rows, product, wanted);
-    for (int64_t row = row0; row < row0 + rows; ++row) {
-      const int64_t index = row_index_[row];
+    for (int64_t i = 0; i < rows; ++i) {
+      const SequencePart& of = part(row0 + i);
+      const int64_t index = row_index_[row0 + i];
+      const float* const base = at(of.base.mid, index, hidden);
+      fetch_ahead(base, hidden, hidden);
+      float* const mid = kIsChange ? product + i * hidden : out(row0 + i);
       if (has_attention) {
-        const float* const in = at(part(row).in, index, hidden);
+        const float* const in = at(of.in, index, hidden);
         fetch_ahead(in, hidden, hidden);
-        add_residual(in, layer_.attention_out, product + (row - row0) * hidden, out(row));
-        if (part(row).keep.mid != nullptr) fill(part(row).keep.mid + index * hidden, out(row), hidden);
+        add_residual(in, layer_.attention_out, product + i * hidden, mid);
+        if (of.keep.mid != nullptr) fill(of.keep.mid + index * hidden, mid, hidden);
       } else {
-        fill(out(row), kIsChange ? nullptr : at(part(row).base.mid, index, hidden), hidden);
+        fill(mid, kIsChange ? nullptr : base, hidden);
+      }
+      if (layer_.start <= LayerStart::kMlp && (has_mid || changes_in)) {
+        norm_row<kArithmetic>(has_mid ? mid : nullptr, base, layer_.mlp_norm, layer_.eps, i, x,
+                              changes_in ? &base_x : nullptr);
       }
     }
-    multiply_mlp(row0, rows, product, wanted);
+    multiply_mlp(row0, x, base_x, has_mid, product, wanted);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (kIsChange) {
+        fill(out(row0 + i), product + i * hidden, hidden);
+      } else {
+        add_residual(out(row0 + i), layer_.mlp_out, product + i * hidden, out(row0 + i));
+      }
+    }
   }
 
-  // What leaves; until then, the residual stream after the attention.
+  // What leaves; until then, but for kChange, the residual stream after the attention.
   float* out(int64_t row) const { return part(row).out + row_index_[row] * layer_.hidden; }
 
   // sum = what comes in at a residual + what a branch gives, the product of its last projection
@@ -286,23 +305,14 @@ class LayerTask {
     next_ = before;
   }
 
+  // product = the MLP's of normed rows x, kChange: is added
   template <typename Wanted>
-  void multiply_mlp(int64_t row0, int64_t rows, float* product, const Wanted& wanted) {
-    const int64_t hidden = layer_.hidden, wide = layer_.intermediate;
-    const bool changes_in = any_change(layer_.mlp_in, layer_.mlp_ins);
+  void multiply_mlp(int64_t row0, const Rows& x, const Rows& base_x, bool has_mid, float* product,
+                    const Wanted& wanted) {
+    const int64_t rows = x.count(), wide = layer_.intermediate;
     const bool changes_out = any_change(&layer_.mlp_out, 1);
     const bool own = layer_.start <= LayerStart::kMlp;
-    // kChange: nothing differs before a later start.
-    const bool has_mid = !kIsChange || layer_.start <= LayerStart::kAttentionOut;
-    const Rows x = take_rows(rows, hidden), base_x = take_rows(changes_in ? rows : 0, hidden);
     const Rows h = take_rows(rows, wide), base_h = take_rows(changes_out ? rows : 0, wide);
-    for (int64_t i = 0; i < rows && own; ++i) {
-      if (!has_mid && !changes_in) break;
-      const float* const base = at(part(row0 + i).base.mid, row_index_[row0 + i], hidden);
-      fetch_ahead(base, hidden, hidden);
-      norm_row<kArithmetic>(has_mid ? out(row0 + i) : nullptr, base, layer_.mlp_norm, layer_.eps, i, x,
-                            changes_in ? &base_x : nullptr);
-    }
     float* const gate_up = take_result(rows, 2 * kGateCols);
     for (int64_t j = 0; j < wide; j += kGateCols) {
       const int64_t cols = wide - j < kGateCols ? wide - j : kGateCols;
@@ -310,10 +320,8 @@ class LayerTask {
       for (int64_t i = 0; i < rows; ++i)
         gate_row(row0 + i, i, j, cols, own, gate_up, h, changes_out ? &base_h : nullptr);
     }
-    multiply(layer_.mlp_out, 0, hidden, h, base_h, !kIsChange || own, product, hidden, wanted);
-    for (int64_t i = 0; i < rows; ++i) {
-      add_residual(out(row0 + i), layer_.mlp_out, product + i * hidden, out(row0 + i));
-    }
+    multiply(layer_.mlp_out, 0, layer_.hidden, h, base_h, !kIsChange || own, product, layer_.hidden, wanted,
+             kIsChange);
   }
 
   // gate_up [rows, 2 * kGateCols] = columns j .. j + cols - 1 of gate and of up, kChange: without the base's

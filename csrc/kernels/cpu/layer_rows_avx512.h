@@ -132,9 +132,10 @@ DTM_FAST_INLINE __m512 rough_exp2(__m512 x) {
   return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
 }
 
-// gated(gate + gate_change, up + up_change) - gated(gate, up), up to 2^-11 of it. No bits of it cancel, as
-// those of a difference would: with s = exp(-gate), t = exp(-gate_change) - 1 and d = 1 + s, the sigmoids are
-// 1 / d and 1 / (d + s t), and one inverse gives both.
+// gated(gate + gate_change, up + up_change) - gated(gate, up), up to 2^-11 of the terms of
+//   sigmoid (gate_change new_up + gate up_change) + sigmoid_change new_gate new_up,
+// which are no larger than the changes: those of a difference of two products are. With s = exp(-gate), d = 1
+// + s and t = exp(-gate_change) - 1, the sigmoids are 1 / d and 1 / (d + s t), and one inverse gives both.
 DTM_FAST_INLINE __m512 gated_change(__m512 gate, __m512 up, __m512 gate_change, __m512 up_change) {
   const __m512 new_gate = _mm512_add_ps(gate, gate_change), new_up = _mm512_add_ps(up, up_change);
   // Where a gate changes by more than 1/2, the polynomial is too far off. NaN is more, too.
@@ -148,7 +149,7 @@ DTM_FAST_INLINE __m512 gated_change(__m512 gate, __m512 up, __m512 gate_change, 
   t = _mm512_fmadd_ps(t, gate_change, _mm512_set1_ps(-1.0f / 6.0f));
   t = _mm512_fmadd_ps(t, gate_change, half);
   t = _mm512_fmadd_ps(t, gate_change, _mm512_set1_ps(-1.0f));
-  // Beyond 2^60 the square of d would overflow; the products of such gates are below 1e-16 of `up`.
+  // Much beyond 2^60 the square of d would overflow: no sigmoid is computed below 2^-60.
   const __m512 exponent = _mm512_mul_ps(gate, _mm512_set1_ps(-1.44269504f));
   const __m512 s = rough_exp2(_mm512_min_ps(_mm512_set1_ps(60.0f), exponent));
   const __m512 st = _mm512_mul_ps(_mm512_mul_ps(t, gate_change), s);
