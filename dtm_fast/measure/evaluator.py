@@ -27,6 +27,7 @@ from dtm_fast.measure.reference import checked_metrics, describe
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.model import Decoder
 from dtm_fast.model.gated_decoder import LayerParts
+from dtm_fast.ops.decoder_layer import States
 
 
 class Evaluator:
@@ -93,7 +94,13 @@ class Evaluator:
             hidden = fused.head_input(None, fused.exact, everyone, first, fused.positions)
         return Head(module.weight, hidden, self.probes.tokens[:, self.probes.prefix :])
 
-    def rebased(self, configuration: Configuration, *, memory: int | None = None) -> "Evaluator":
+    def rebased(
+        self,
+        configuration: Configuration,
+        *,
+        memory: int | None = None,
+        instead_of: "Evaluator | None" = None,
+    ) -> "Evaluator":
         """An evaluator that reaches FDT from the states of ``configuration`` instead of the model's.
 
         It gives the same FDT, sooner for configurations that differ from this one in a few components: the step of a
@@ -103,9 +110,12 @@ class Evaluator:
         Args:
             configuration: whose states to keep; its components' inputs are not treated.
             memory: bytes that these states may take, as for the model's own.
+            instead_of: an evaluator made by this method that is not needed any more: its states' memory is used again,
+                which saves the system clearing as much, and it starts from the model's states again.
 
         Raises:
-            ValueError: there are no fused layers (``engine`` says why), or they do not know a treatment.
+            ValueError: there are no fused layers (``engine`` says why), or they do not know a treatment, or instead_of
+                is of other probes or another model.
             ComponentError, TreatmentError: the configuration does not fit the model.
         """
         if self._fused is None or self._first is None:
@@ -115,10 +125,24 @@ class Evaluator:
             if not self._fused.can_run_in_parts({path: treatment}):
                 raise ValueError(f"the fused layers do not know {treatment.key} of {path}")
         other = copy.copy(self)
-        memory = _free_memory(self.model.device) // 2 if memory is None else memory
-        other._fused = self._fused.of_the_model.rebased(configuration, memory)
+        of_the_model = self._fused.of_the_model
+        rooms = [] if instead_of is None else instead_of._states_given_up(of_the_model)
+        if memory is None:
+            memory = (_free_memory(self.model.device) + sum(each.nbytes for each in rooms)) // 2
+        other._fused = of_the_model.rebased(configuration, memory, rooms)
         other._first = FirstPass(other._fused, self._head_of(other._fused), self.probes.prefix)
         return other
+
+    def _states_given_up(self, of_the_model: FusedLayers) -> list[States]:
+        """Starts from the model's states again, which are these, and returns its own to be written over."""
+        if self._fused is None or self._head is None or self._fused.of_the_model is not of_the_model:
+            raise ValueError("instead_of was not made from this evaluator")
+        if self._fused is of_the_model:
+            return []
+        states = self._fused.states_given_up()
+        self._fused = of_the_model
+        self._first = FirstPass(of_the_model, self._head, self.probes.prefix)
+        return states
 
     @property
     def layer_evaluations(self) -> int:

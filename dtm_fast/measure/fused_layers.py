@@ -85,8 +85,10 @@ class FusedLayers:
         self._norm: Any = self.decoder.model.base_model.norm
         self._record(memory)
 
-    def rebased(self, configuration: Configuration, memory: int | None = None) -> "FusedLayers":
-        """The same layers on the states of a configuration that ``can_run_in_parts``."""
+    def rebased(
+        self, configuration: Configuration, memory: int | None = None, rooms: Sequence[States] = ()
+    ) -> "FusedLayers":
+        """The same layers on the states of a configuration that ``can_run_in_parts``, kept in ``rooms`` first."""
         assert self._origin is None
         assert self.can_run_in_parts(configuration)
         other = copy.copy(self)
@@ -94,8 +96,14 @@ class FusedLayers:
         other.treatments = layers_of(self.decoder, configuration)
         other._store = TensorStore(memory)
         other._packed, other._kv, other._inner = {}, {}, {}
-        other._record(memory)
+        other._record(memory, rooms)
         return other
+
+    def states_given_up(self) -> list[States]:
+        """Its states within the layers, for others to write to; it cannot run any more."""
+        states, self._inner = list(self._inner.values()), {}
+        self._store = TensorStore()
+        return states
 
     @property
     def of_the_model(self) -> "FusedLayers":
@@ -191,7 +199,8 @@ class FusedLayers:
             self._kv[layer] = self.new_kv(self.count)
         return self._kv[layer]
 
-    def _record(self, memory: int | None) -> None:
+    def _record(self, memory: int | None, rooms: Sequence[States] = ()) -> None:
+        rooms = list(rooms)
         size = 4 * self.count * self.positions * (sum(self.shape.widths.values()) - self.shape.hidden)
         x = self._model_layers.entering(0)[:, : self.positions].float().contiguous()
         left = None if memory is None else memory - (self.depth + 1) * x.nbytes
@@ -201,7 +210,8 @@ class FusedLayers:
             self._store.put(layer, x)
             out, keep = torch.empty_like(x), States()
             if layer >= self.depth - kept:
-                keep = self._inner[layer] = new_states(self.shape, *x.shape[:2])
+                keep = rooms.pop() if rooms else new_states(self.shape, *x.shape[:2])
+                self._inner[layer] = keep
             decoder_layer(self._layer(layer, self.exact), x, out, kv, keep=keep)
             x = out
         self._store.put(self.depth, x)

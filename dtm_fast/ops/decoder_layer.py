@@ -237,6 +237,11 @@ class States:
         """In the order of _cpu."""
         return (self.input, self.qkv, self.attention, self.mid, self.gate_up)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that are there."""
+        return sum(each.nbytes for each in self.tensors() if each is not None)
+
 
 def new_states(shape: LayerShape, sequences: int, positions: int) -> States:
     """Room for all states but the input, each float32 [sequences, positions, columns], holding nothing of use.

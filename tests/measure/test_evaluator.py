@@ -385,6 +385,27 @@ def test_from_the_states_of_a_configuration_fdt_is_the_same(make_probes, draw_co
 
 
 @needs_kernels
+def test_the_memory_of_states_that_are_needed_no_more_is_used_again(llama, make_probes):
+    evaluator = dtm.Evaluator(llama, make_probes(llama, 6))
+    paths = dtm.components(llama)
+    first, second = (dict.fromkeys(paths[start::2], dtm.Int8()) for start in (0, 1))
+    expected = [each.fdt.tolist() for each in evaluator.measure([first, second], ())]
+    one = evaluator.rebased(first, instead_of=evaluator)
+    inner = one._fused._inner
+    where = {state.data_ptr() for each in inner.values() for state in each.tensors() if state is not None}
+    other = one.rebased(second, instead_of=one)
+    inner = other._fused._inner
+    assert where == {
+        state.data_ptr() for each in inner.values() for state in each.tensors() if state is not None
+    }
+    for each in (one, other, evaluator):
+        assert [measurement.fdt.tolist() for measurement in each.measure([first, second], ())] == expected
+    assert one.rebased(first, instead_of=other).measure([second], ())[0].fdt.tolist() == expected[1]
+    with pytest.raises(ValueError, match="instead_of was not made from this evaluator"):
+        evaluator.rebased(first, instead_of=dtm.Evaluator(llama, make_probes(llama, 6)))
+
+
+@needs_kernels
 def test_from_the_states_of_a_configuration_only_what_differs_is_run(llama, make_probes):
     evaluator = dtm.Evaluator(llama, make_probes(llama, 6))
     parent = dict.fromkeys(dtm.components(llama)[::2], dtm.Int8())
