@@ -13,7 +13,7 @@ namespace {
 // Columns of gate and up at a time: with the rows of a chunk, they stay in the second-level cache.
 constexpr int64_t kGateCols = 128;
 // States are asked for so many rows before they are read: rows are too far apart for the machine to foresee
-// the next ones. With 2 to 8 a layer takes the same time.
+// the next ones. Of gate and up, which are most of them, 2 to 8 take the same time.
 constexpr int64_t kRowsAhead = 4;
 
 // The order of things: states of all rows that the second half needs of the first are its attention alone, so
