@@ -1,12 +1,18 @@
-"""Random configurations, and what it means that two measurements are the same."""
+"""Random configurations, what it means that two measurements are the same, and which tests need fused layers."""
 
 import random
 from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 
 from dtm_fast.compression import Configuration
 from dtm_fast.measure import EXTRA_METRICS, Measurement
+from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
+
+needs_kernels = pytest.mark.skipif(
+    not has_arithmetic(Arithmetic.FLOAT32), reason="the instruction set in use has no kernel for fused layers"
+)
 
 
 def some(
