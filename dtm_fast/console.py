@@ -136,19 +136,19 @@ def sweep_table(ranked: list[str], measured: Mapping[str, Measurement], ends: in
 
 def plan_table(plan: Plan) -> Table:
     """The plan's curve, its own point marked."""
-    table = Table(title=f"Converted to {plan.treatment.key} in order of {plan.ranked_by}")
-    for column in ("components", "share", "FDT_75", "FDT", "SDT", "DPPL", ""):
+    table = Table(title=f"Plan: {plan.search}")
+    for column in ("components", "share", "bits", "FDT_75", "FDT", "SDT", "DPPL", ""):
         table.add_column(column, justify="right")
     for p in plan.curve:
         chosen = "← plan" if p == plan.chosen else ""
-        dppl = _number(p.dppl) if p.dppl is not None else ""
         table.add_row(
             str(p.components),
             f"{p.share:.1%}",
+            _number(p.bits),
             _number(p.fdt75),
             _number(p.fdt),
-            _number(p.sdt),
-            dppl,
+            _number(p.sdt) if p.sdt is not None else "",
+            _number(p.dppl) if p.dppl is not None else "",
             chosen,
         )
     return table

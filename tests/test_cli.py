@@ -144,7 +144,7 @@ def test_a_plan_writes_its_files(tiny_folder, tmp_path, command, options):
     plan = Plan.from_json(json.loads((tmp_path / "run" / "plan.json").read_text()))
     assert set(plan.configuration.values()) == {dtm.Int8()}
     assert list(plan.configuration) != []
-    assert sorted(plan.configuration) == sorted(plan.order[:5])
+    assert sorted(plan.configuration) == sorted(plan.how["order"][:5])
     assert [p.components for p in plan.curve] == [2, 4, 5]
     for name in ("plan.json", "report.html", "heatmap.png"):
         assert (tmp_path / "run" / name).stat().st_size > 0

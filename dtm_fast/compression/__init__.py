@@ -8,6 +8,7 @@ from dtm_fast.compression.configuration import (
     configuration_identity,
     configuration_to_json,
 )
+from dtm_fast.compression.size import configuration_bits, effective_bits
 from dtm_fast.compression.treatments import W8A8, Int8, Prune, Treatment, parse_treatment
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Prune",
     "Treatment",
     "check_configuration",
+    "configuration_bits",
     "configuration_from_json",
     "configuration_identity",
     "configuration_to_json",
+    "effective_bits",
     "parse_treatment",
 ]

@@ -12,6 +12,9 @@ from dtm_fast import ops
 from dtm_fast.compression.saliency import SALIENCIES, keep_mask
 from dtm_fast.errors import MeasurementError, TreatmentError
 
+KEPT_BITS = 16
+"""What a weight takes that no treatment makes smaller: models are deployed in bfloat16 or float16."""
+
 
 class Treatment(ABC):
     """One way of compressing a component. Equal treatments have equal ``key``; ``parse_treatment`` reads it."""
@@ -31,6 +34,10 @@ class Treatment(ABC):
         Returns:
             A new tensor of the same shape and dtype.
         """
+
+    @abstractmethod
+    def bits(self, n: int, k: int) -> int:
+        """Bits of memory that a compressed weight [N, K] takes, scales and masks included."""
 
     def compress_input(self, x: Tensor) -> Tensor:
         """The component's input after the treatment: ``x`` itself unless activations are treated too.
@@ -67,6 +74,10 @@ class Int8(Treatment):
     def compress(self, weight: Tensor) -> Tensor:
         """``(qweight * scale[:, None]).to(weight.dtype)``."""
         return _int8_round_trip(weight)
+
+    def bits(self, n: int, k: int) -> int:
+        """8 for each weight and 32 for each channel's scale."""
+        return 8 * n * k + 32 * n
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,11 @@ class Prune(Treatment):
         """``torch.where(mask, weight, 0)``."""
         mask = keep_mask(SALIENCIES[self.saliency](weight), self.sparsity)
         return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+    def bits(self, n: int, k: int) -> int:
+        """A bit for each weight and 16 for each that is kept, or 16 for all where that is less."""
+        kept = n * k - round(self.sparsity * n * k)
+        return min(n * k + KEPT_BITS * kept, KEPT_BITS * n * k)
 
 
 _PARSERS: dict[str, Callable[..., Treatment]] = {

@@ -48,6 +48,12 @@ class Component:
         return weight.t() if self.transposed else weight
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        n, k = self.weight.shape
+        return n, k
+
+    @property
     def numel(self) -> int:
         """Number of weights."""
         return self.parameter.numel()

@@ -1,8 +1,9 @@
 """Searches: which components to compress, in which order, how far."""
 
+from dtm_fast.plan.in_order import Stop, check_every, metrics_for, plan_in_order, sweep
+from dtm_fast.plan.plan import Plan, Point
 from dtm_fast.plan.ranking import RANKINGS, rank
 from dtm_fast.plan.recorded import Evaluator, RecordedEvaluator
-from dtm_fast.plan.search import Plan, Point, Stop, check_every, metrics_for, plan_in_order, sweep
 
 __all__ = [
     "RANKINGS",

@@ -52,6 +52,11 @@ class RecordedEvaluator:
         self._journal = journal
         self._on_finished = on_finished
 
+    @property
+    def model_identity(self) -> str:
+        """What the journal says the model is; empty where it says nothing."""
+        return str(self._journal.identity.get("model", ""))
+
     def measure(
         self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("dppl",)
     ) -> list[Measurement]:

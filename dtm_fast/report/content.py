@@ -7,7 +7,7 @@ from typing import Any
 from dtm_fast.compression import configuration_identity
 from dtm_fast.errors import RunError
 from dtm_fast.measure import EXTRA_METRICS, Floor, Measurement
-from dtm_fast.plan import RANKINGS, Plan, rank
+from dtm_fast.plan import RANKINGS, Plan, in_order, rank
 from dtm_fast.runs import RunDirectory
 
 
@@ -128,7 +128,7 @@ class Content:
         """The plan's curve."""
         if self.plan is None:
             return None
-        return next((curve for curve in self.curves if curve.treatment == self.plan.treatment.key), None)
+        return next((curve for curve in self.curves if curve.treatment == _treatment_of(self.plan)), None)
 
     @property
     def fdt_range(self) -> tuple[float, float]:
@@ -195,6 +195,11 @@ def _setting(directory: RunDirectory, stored: Mapping[str, Any]) -> Setting:
         raise RunError(f"{directory.path / 'run.json'}: not of a run of dtm_fast: {error!r}") from error
 
 
+def _treatment_of(plan: Plan) -> str | None:
+    """The treatment of a plan that converts components in order; the others' are many."""
+    return str(plan.how["treatment"]) if plan.search == in_order.SEARCH else None
+
+
 def _merge(rows: Iterable[Measurement]) -> list[Measurement]:
     """Each configuration once, with all metrics that any of its rows has."""
     merged: dict[str, Measurement] = {}
@@ -215,7 +220,9 @@ def _sweeps(setting: Setting, alone: Iterable[Measurement], plan: Plan | None) -
     sweeps = []
     for treatment_key, unordered in found.items():
         measured = {path: unordered[path] for path in setting.components if path in unordered}
-        by = plan.ranked_by if plan is not None and plan.treatment.key == treatment_key else "fdt75"
+        by = "fdt75"
+        if plan is not None and _treatment_of(plan) == treatment_key:
+            by = plan.how["ranked_by"]
         needed = RANKINGS.get(by)
         if by not in RANKINGS or any(needed and getattr(m, needed) is None for m in measured.values()):
             by = "fdt75"
@@ -233,10 +240,10 @@ def _curves(setting: Setting, merged: Iterable[Measurement], plan: Plan | None) 
         if len(keys) != 1:
             continue
         (key,) = keys
-        if plan is not None and key == plan.treatment.key:
+        if plan is not None and key == _treatment_of(plan):
             # A plan's smallest steps may be single components; other joint rows are an earlier plan's.
             sizes = {point.components for point in plan.curve}
-            if len(paths) not in sizes or set(paths) != set(plan.order[: len(paths)]):
+            if len(paths) not in sizes or set(paths) != set(plan.how["order"][: len(paths)]):
                 continue
         elif len(paths) == 1:
             continue
@@ -248,7 +255,7 @@ def _curves(setting: Setting, merged: Iterable[Measurement], plan: Plan | None) 
         Curve(
             treatment=key,
             points=sorted(points, key=lambda point: (point.share, point.components)),
-            chosen=chosen if plan is not None and key == plan.treatment.key else None,
+            chosen=chosen if plan is not None and key == _treatment_of(plan) else None,
         )
         for key, points in found.items()
     ]

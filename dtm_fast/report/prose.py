@@ -2,6 +2,7 @@
 
 import shlex
 
+from dtm_fast.plan import in_order
 from dtm_fast.report.content import Content
 from dtm_fast.report.wording import RANKING_NAMES, duration, facts, markup
 
@@ -53,10 +54,12 @@ def how_it_was_run(content: Content) -> str:
 def _stop(content: Content) -> str:
     if content.plan is None:
         return "not written yet"
-    stop = content.plan.stop
-    asked = {"components": stop.components, "share": stop.share, "least FDT_75": stop.min_fdt}
+    if content.plan.search != in_order.SEARCH:
+        return content.plan.search
+    stop = content.plan.how["stop"]
+    asked = {"components": stop["components"], "share": stop["share"], "least FDT_75": stop["min_fdt"]}
     given = ", ".join(f"{name} {value:g}" for name, value in asked.items() if value is not None)
-    ranking = RANKING_NAMES.get(content.plan.ranked_by, content.plan.ranked_by)
+    ranking = RANKING_NAMES.get(content.plan.how["ranked_by"], content.plan.how["ranked_by"])
     return f"in order of {ranking}; stop: {given or 'none, all components'}"
 
 

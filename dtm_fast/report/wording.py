@@ -67,8 +67,9 @@ def headline(content: Content) -> list[str]:
     """The main result: a paragraph, or one for each treatment while there is no plan."""
     plan, curve = content.plan, content.planned
     if plan is not None and not plan.configuration:
-        asked = f" with FDT_75 ≥ {number(plan.stop.min_fdt)}" if plan.stop.min_fdt is not None else ""
-        return [f"No component can be converted to {plan.treatment.key}{asked}: the plan is empty."]
+        minimum = plan.how.get("stop", {}).get("min_fdt")
+        asked = f" with FDT_75 ≥ {number(minimum)}" if minimum is not None else ""
+        return [f"No component can be converted{asked}: the plan is empty."]
     if plan is not None and curve is not None and curve.chosen is not None:
         return [_planned(content, curve)]
     return [_swept(content, sweep) for sweep in content.sweeps] or [
@@ -79,7 +80,7 @@ def headline(content: Content) -> list[str]:
 def _planned(content: Content, curve: Curve) -> str:
     assert content.plan is not None
     assert curve.chosen is not None
-    point, n, minimum = curve.chosen, content.setting.completion, content.plan.stop.min_fdt
+    point, n, minimum = curve.chosen, content.setting.completion, content.plan.how["stop"]["min_fdt"]
     total = len(content.setting.components)
     subject = f"All {total}" if point.components == total else f"{point.components} of {total}"
     share = "" if point.components == total else f" ({point.share:.0%} of their parameters)"

@@ -33,7 +33,7 @@ class MadeUpEvaluator:
     def __init__(
         self, fdt_of: Callable[[Configuration], int], sizes: dict[str, int], fails_at: int | None = None
     ) -> None:
-        components = {path: SimpleNamespace(numel=size) for path, size in sizes.items()}
+        components = {path: SimpleNamespace(numel=size, shape=(1, size)) for path, size in sizes.items()}
         self.decoder = SimpleNamespace(components=components, component=components.__getitem__)
         self.probes = None
         self.fdt_of = fdt_of

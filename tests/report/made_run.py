@@ -1,6 +1,7 @@
 """Made-up runs: real run directories with measurements that nobody measured."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,14 @@ def write_plan(
         record(directory, joint, ["dppl"])
         fdt = joint.summary("fdt")
         share = sum(numel[path] for path in order[:size]) / sum(numel.values())
+        bits = 16 - 8 * share
         points[size] = Point(
-            size, share, fdt.p75, fdt.mean, joint.summary("sdt").mean, joint.summary("dppl").mean
+            size, share, bits, fdt.p75, fdt.mean, joint.summary("sdt").mean, joint.summary("dppl").mean
         )
     plan = Plan(
         configuration=dict.fromkeys(order[:chosen], Int8()),
-        treatment=Int8(),
-        ranked_by="fdt75",
-        order=order,
-        stop=Stop(**stop),
+        search="in order",
+        how={"treatment": "int8", "ranked_by": "fdt75", "order": order, "stop": asdict(Stop(**stop))},
         curve=[points[size] for size in sorted(points)],
         chosen=points.get(chosen),
     )

@@ -59,7 +59,7 @@ def test_headline_of_an_empty_plan(tmp_path: Path) -> None:
         write_plan(directory, paths, sizes=(10,), chosen=0, min_fdt=39.0)
         content = read_content(directory)
         write_report(directory)
-    assert headline(content) == ["No component can be converted to int8 with FDT_75 ≥ 39: the plan is empty."]
+    assert headline(content) == ["No component can be converted with FDT_75 ≥ 39: the plan is empty."]
     assert content.curves[0].chosen is None
 
 

@@ -1,17 +1,17 @@
 """The sweep of every component alone, and the plan that converts them in order of harm."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
 
-from dtm_fast.compression import Treatment, configuration_from_json, configuration_to_json
+from dtm_fast.compression import Treatment
 from dtm_fast.errors import InputError
 from dtm_fast.measure import Measurement
 from dtm_fast.model import Decoder
+from dtm_fast.plan.plan import Plan, Point, share_of
 from dtm_fast.plan.ranking import RANKINGS, rank
 from dtm_fast.plan.recorded import RecordedEvaluator
 
-_FORMAT = 1
+SEARCH = "in order"
 
 
 @dataclass(frozen=True)
@@ -38,74 +38,6 @@ class Stop:
             raise InputError(
                 f"stop: min_fdt must lie in 0 … {completion} (the completion), not {self.min_fdt}"
             )
-
-
-@dataclass(frozen=True)
-class Point:
-    """One joint configuration on the way: how much was converted and what that did (means over probes)."""
-
-    components: int
-    share: float
-    fdt75: float
-    fdt: float
-    sdt: float
-    dppl: float | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The configuration that a search chose, with how it was found and what it measured.
-
-    Attributes:
-        configuration: component → treatment.
-        treatment: the one treatment of all.
-        ranked_by: what ordered the components.
-        order: all components, the least harmful alone first.
-        stop: the stop that was asked for.
-        curve: the joint configurations measured, by size.
-        chosen: the plan's own point on the curve; None for an empty plan.
-    """
-
-    configuration: dict[str, Treatment]
-    treatment: Treatment
-    ranked_by: str
-    order: list[str]
-    stop: Stop
-    curve: list[Point] = field(default_factory=list)
-    chosen: Point | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of ``plan.json``."""
-        return {
-            "format": _FORMAT,
-            "configuration": configuration_to_json(self.configuration),
-            "treatment": self.treatment.key,
-            "ranked_by": self.ranked_by,
-            "order": self.order,
-            "stop": asdict(self.stop),
-            "curve": [asdict(point) for point in self.curve],
-            "chosen": asdict(self.chosen) if self.chosen else None,
-        }
-
-    @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> "Plan":
-        """The inverse of ``to_json``; InputError if it is none."""
-        try:
-            if stored["format"] != _FORMAT:
-                raise InputError(f"plan: format {stored['format']}, this dtm_fast reads {_FORMAT}")
-            configuration = configuration_from_json(stored["configuration"])
-            (treatment,) = configuration_from_json({"": stored["treatment"]}).values()
-            return cls(
-                configuration=configuration,
-                treatment=treatment,
-                ranked_by=stored["ranked_by"],
-                order=list(stored["order"]),
-                stop=Stop(**stored["stop"]),
-                curve=[Point(**point) for point in stored["curve"]],
-                chosen=Point(**stored["chosen"]) if stored["chosen"] else None,
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise InputError(f"plan: not a plan of dtm_fast: {error!r}") from error
 
 
 def metrics_for(ranked_by: str, prefix: int | None = None) -> list[str]:
@@ -165,12 +97,12 @@ def plan_in_order(
     metrics = metrics_for(ranked_by)
     check_every(every)
     order = rank(sweep(recorded, treatment, metrics), ranked_by)
-    most = _most(recorded.decoder, order, stop)
+    most = _most(recorded.decoder, order, treatment, stop)
     points: dict[int, Point] = {}
 
     def holds(size: int) -> bool:
         (joint,) = recorded.measure([dict.fromkeys(order[:size], treatment)], metrics)
-        points[size] = _point(recorded.decoder, order[:size], joint)
+        points[size] = Point.of(recorded.decoder, joint)
         return stop.min_fdt is None or points[size].fdt75 >= stop.min_fdt
 
     good, bad = 0, most + 1
@@ -184,36 +116,18 @@ def plan_in_order(
         good, bad = (middle, bad) if holds(middle) else (good, middle)
     return Plan(
         configuration=dict.fromkeys(order[:good], treatment),
-        treatment=treatment,
-        ranked_by=ranked_by,
-        order=order,
-        stop=stop,
+        search=SEARCH,
+        how={"treatment": treatment.key, "ranked_by": ranked_by, "order": order, "stop": asdict(stop)},
+        model=recorded.model_identity,
         curve=[points[size] for size in sorted(points)],
         chosen=points.get(good),
     )
 
 
-def _share(decoder: Decoder, paths: Sequence[str]) -> float:
-    total = sum(component.numel for component in decoder.components.values())
-    return sum(decoder.component(path).numel for path in paths) / total
-
-
-def _most(decoder: Decoder, order: Sequence[str], stop: Stop) -> int:
+def _most(decoder: Decoder, order: Sequence[str], treatment: Treatment, stop: Stop) -> int:
     """How many components of ``order`` the number and the share of ``stop`` allow."""
     most = len(order) if stop.components is None else min(stop.components, len(order))
     if stop.share is not None:
-        while most and _share(decoder, order[:most]) > stop.share:
+        while most and share_of(decoder, dict.fromkeys(order[:most], treatment)) > stop.share:
             most -= 1
     return most
-
-
-def _point(decoder: Decoder, paths: Sequence[str], joint: Measurement) -> Point:
-    fdt = joint.summary("fdt")
-    return Point(
-        components=len(paths),
-        share=_share(decoder, paths),
-        fdt75=fdt.p75,
-        fdt=fdt.mean,
-        sdt=joint.summary("sdt").mean,
-        dppl=joint.summary("dppl").mean if joint.dppl is not None else None,
-    )

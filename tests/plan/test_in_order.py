@@ -54,7 +54,7 @@ def test_a_sweep_measures_every_component_alone_in_depth_order(setting):
 
 def test_without_a_stop_everything_is_converted_in_order_of_harm(setting):
     plan = setting.plan()
-    assert plan.order == PATHS
+    assert plan.how["order"] == PATHS
     assert plan.configuration == int8(*PATHS)
     assert list(plan.configuration) == PATHS
 
@@ -98,7 +98,7 @@ def test_the_share_counts_parameters_not_components(journal):
 def test_a_share_smaller_than_any_component_gives_an_empty_plan(setting):
     plan = setting.plan(Stop(share=0.04))
     assert (plan.configuration, plan.curve, plan.chosen) == ({}, [], None)
-    assert len(plan.order) == 20
+    assert len(plan.how["order"]) == 20
 
 
 @settings(max_examples=60, deadline=None)
@@ -173,7 +173,7 @@ def test_a_plan_interrupted_anywhere_ends_the_same(tmp_path):
 
 def test_by_dppl_the_order_is_that_of_dppl(setting):
     plan = setting.plan(Stop(components=2), by="dppl")
-    assert (plan.ranked_by, list(plan.configuration)) == ("dppl", ["c00", "c01"])
+    assert (plan.how["ranked_by"], list(plan.configuration)) == ("dppl", ["c00", "c01"])
     assert plan.chosen.dppl == 1.0 + N - plan.chosen.fdt
 
 
@@ -187,13 +187,13 @@ def test_json_and_back(setting):
     "change",
     [
         {"format": 99},
-        {"treatment": "int7"},
         {"configuration": ["a"]},
         {"configuration": {"a": "what"}},
-        {"stop": {"when": 1}},
+        {"search": 3},
+        {"how": 1},
         {"curve": [{}]},
         {"curve": 3},
-        {"order": None},
+        {"model": None},
     ],
     ids=str,
 )

@@ -1,0 +1,139 @@
+"""A plan: the configuration that a search chose, with how it was found and what it measured."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtm_fast.compression import (
+    Configuration,
+    Treatment,
+    check_configuration,
+    configuration_from_json,
+    configuration_to_json,
+    effective_bits,
+)
+from dtm_fast.errors import InputError
+from dtm_fast.measure import Measurement
+from dtm_fast.model import Decoder, model_identity
+
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Point:
+    """One joint configuration on the way: how much was compressed and what that did (means over probes).
+
+    Attributes:
+        components: how many are treated.
+        share: theirs of the parameters of all components.
+        bits: that a weight of a component takes on average, 16 if nothing is treated (``effective_bits``).
+        fdt75: FDT_75.
+        fdt: mean FDT.
+        sdt: mean SDT; None where it was not measured.
+        dppl: mean DPPL; None where it was not measured.
+    """
+
+    components: int
+    share: float
+    bits: float
+    fdt75: float
+    fdt: float
+    sdt: float | None
+    dppl: float | None
+
+    @classmethod
+    def of(cls, decoder: Decoder, measurement: Measurement) -> "Point":
+        """The point of a measurement's configuration."""
+        fdt, configuration = measurement.summary("fdt"), measurement.configuration
+        return cls(
+            components=len(configuration),
+            share=share_of(decoder, configuration),
+            bits=effective_bits(decoder, configuration),
+            fdt75=fdt.p75,
+            fdt=fdt.mean,
+            sdt=None if measurement.sdt is None else measurement.summary("sdt").mean,
+            dppl=None if measurement.dppl is None else measurement.summary("dppl").mean,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The configuration that a search chose, with how it was found and what it measured.
+
+    Attributes:
+        configuration: component → treatment.
+        search: which search found it: ``"in order"``, ``"pruning rounds"``, ``"beam"`` or ``"joint"``.
+        how: the search's arguments and what it decided on the way, as JSON values.
+        model: identity of the model it is for (``model_identity``).
+        curve: joint configurations that were measured on the way, in the search's order.
+        chosen: the plan's own point; None for an empty plan.
+    """
+
+    configuration: dict[str, Treatment]
+    search: str
+    how: dict[str, Any]
+    model: str = ""
+    curve: list[Point] = field(default_factory=list)
+    chosen: Point | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``plan.json``."""
+        return {
+            "format": _FORMAT,
+            "model": self.model,
+            "search": self.search,
+            "how": self.how,
+            "configuration": configuration_to_json(self.configuration),
+            "curve": [asdict(point) for point in self.curve],
+            "chosen": asdict(self.chosen) if self.chosen else None,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Plan":
+        """The inverse of ``to_json``; InputError if it is none."""
+        try:
+            if stored["format"] != _FORMAT:
+                raise InputError(f"plan: format {stored['format']}, this dtm_fast reads {_FORMAT}")
+            plan = cls(
+                configuration=configuration_from_json(stored["configuration"]),
+                search=stored["search"],
+                how=dict(stored["how"]),
+                model=stored["model"],
+                curve=[Point(**point) for point in stored["curve"]],
+                chosen=Point(**stored["chosen"]) if stored["chosen"] else None,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"plan: not a plan of dtm_fast: {error!r}") from error
+        if not isinstance(plan.search, str) or not isinstance(plan.model, str):
+            raise InputError("plan: not a plan of dtm_fast: its search or model is no text")
+        return plan
+
+    @classmethod
+    def read(cls, path: Path) -> "Plan":
+        """The plan in a file.
+
+        Raises:
+            InputError: it cannot be read, or is no plan; the message says where.
+        """
+        try:
+            return cls.from_json(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def check(self, decoder: Decoder) -> None:
+        """Raises InputError unless this plan is for the decoder's model."""
+        check_configuration(decoder, self.configuration)
+        if self.model and self.model != (identity := model_identity(decoder.model)):
+            raise InputError(
+                f"plan: made for another model ({self.model[:12]}…) than this one ({identity[:12]}…)"
+            )
+
+
+def share_of(decoder: Decoder, configuration: Configuration) -> float:
+    """The share of the components' parameters that the configuration treats."""
+    total = sum(component.numel for component in decoder.components.values())
+    return sum(decoder.component(path).numel for path in configuration) / total
