@@ -7,6 +7,8 @@ import torch
 
 from dtm_fast.measure.columns import columns_of, first_predicted, joined, perplexity_of
 
+pytestmark = pytest.mark.once
+
 LN2, LN3 = math.log(2), math.log(3)
 PREFIX = 3
 TOKENS = torch.tensor([[0, 1, 2, 0, 1], [2, 0, 0, 2, 2]])

@@ -7,6 +7,8 @@ import torch
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.completion import greedy, teacher_forced_greedy
 
+pytestmark = pytest.mark.once
+
 
 def prefixes_of(rows: int, length: int, vocabulary: int = 99) -> torch.Tensor:
     return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,8 @@ import torch
 from dtm_fast.measure import self_divergence
 from dtm_fast.measure.floor import Floor
 
+pytestmark = pytest.mark.once
+
 
 def test_a_tiny_float32_model_never_leaves_its_own_text(family, make_probes):
     model = tiny.model_of(family)

@@ -7,6 +7,8 @@ import torch
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.forward import choice, kl_divergence, lead, logits_before, negative_log_likelihood
 
+pytestmark = pytest.mark.once
+
 DRAW = torch.Generator().manual_seed(0)
 LOGITS = 3 * torch.randn(2, 5, 11, generator=DRAW)
 OTHER = 3 * torch.randn(2, 5, 11, generator=DRAW)

@@ -10,6 +10,8 @@ from dtm_fast import Int8, Measurement, Prune
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure import EXTRA_METRICS, summarize
 
+pytestmark = pytest.mark.once
+
 WHERE = {"model.layers.0.mlp.up_proj": Int8(), "model.layers.1.mlp.up_proj": Prune(0.3)}
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from dtm_fast.measure.prefix_tree import Node, layers_of, tree_of, walk
 
+pytestmark = pytest.mark.once
+
 State = tuple[str, ...]
 """What each layer that has run was made of, in words."""
 

@@ -9,6 +9,8 @@ from dtm_fast import Probes
 from dtm_fast.errors import ModelError, ProbeError
 from dtm_fast.measure.forward import logits_before
 
+pytestmark = pytest.mark.once
+
 TOKENIZER = tiny.tokenizer_of_characters()
 
 

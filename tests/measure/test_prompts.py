@@ -6,6 +6,8 @@ import pytest
 from dtm_fast import read_documents
 from dtm_fast.errors import ProbeError
 
+pytestmark = pytest.mark.once
+
 
 def test_pydoc_is_the_default_and_long_english():
     documents = read_documents()

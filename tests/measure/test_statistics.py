@@ -4,6 +4,8 @@ import torch
 
 from dtm_fast.measure import summarize
 
+pytestmark = pytest.mark.once
+
 VALUES = torch.randint(0, 101, (64,), generator=torch.Generator().manual_seed(0))
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.tensor_store import TensorStore
 
+pytestmark = pytest.mark.once
+
 DTYPES = [torch.float32, torch.bfloat16, torch.int64]
 
 

@@ -164,6 +164,7 @@ def test_gradients_are_refused_where_they_are_needed() -> None:
         layer(x)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_without_graph_breaks(dynamic: bool) -> None:
     torch.compiler.reset()

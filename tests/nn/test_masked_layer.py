@@ -185,6 +185,7 @@ def test_two_masks_of_one_weight_add_their_gradients() -> None:
     assert torch.allclose(linear.weight.grad, expected, rtol=0, atol=ANOTHER_ORDER)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_training_step_without_graph_breaks(dynamic: bool) -> None:
     torch.compiler.reset()

@@ -130,6 +130,7 @@ def test_missing_and_unexpected_keys_are_named() -> None:
         layer.load_state_dict(state)
 
 
+@pytest.mark.once
 @torch.no_grad()
 def test_it_compiles_whole() -> None:
     _, _, layer = random_layer()

@@ -8,6 +8,13 @@ import torch
 from dtm_fast.ops import native
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What goes through the machine's instruction sets itself is the same whichever one is forced."""
+    for item in items:
+        if {"isa", "isas"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.once)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -333,6 +333,7 @@ def test_wrong_arguments() -> None:
         ops.token_divergence(base, lm_head, reference, certificate=certificate)
 
 
+@pytest.mark.once
 def test_in_a_compiled_function() -> None:
     lm_head, base = torch.randn(50, 8), torch.randn(2, 4, 8)
     certificate = ops.Certificate.build(base, lm_head)

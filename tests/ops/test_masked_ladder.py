@@ -210,6 +210,7 @@ def test_the_operator_passes_opcheck(backend: str) -> None:
         torch.library.opcheck(torch.ops.dtm_fast.masked_linear.default, values)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_breaks(dynamic: bool) -> None:
     torch.compiler.reset()

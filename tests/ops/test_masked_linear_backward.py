@@ -229,6 +229,7 @@ def test_opcheck(variants: int | None, with_bias: bool, needs: str) -> None:
     torch.library.opcheck(torch.ops.dtm_fast.masked_linear.default, values)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("variants", [None, 2])
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -111,6 +111,7 @@ def test_threads_do_not_matter(backend: str, threads: None) -> None:
     assert same(one, ops.quantize_int8(weight, backend=backend))
 
 
+@pytest.mark.once
 def test_more_than_2_to_the_31_elements(isas: tuple[str, ...]) -> None:
     row = torch.randn(1, 2048)
     with native.use_cpu_isa(isas[-1]):

@@ -47,6 +47,7 @@ def test_opcheck(operation: str) -> None:
     torch.library.opcheck(getattr(torch.ops.dtm_fast, operation).default, flat(values))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_compiles_without_graph_breaks(operation: str, dynamic: bool) -> None:
@@ -65,6 +66,7 @@ def test_runs_in_inference_mode_and_through_the_dispatcher(operation: str) -> No
     assert_same(getattr(torch.ops.dtm_fast, operation)(*flat(values)), expected)
 
 
+@pytest.mark.once
 def test_value_errors_survive_compilation() -> None:
     torch.compiler.reset()
     compiled = torch.compile(ops.quantize_int8, fullgraph=True, backend="aot_eager")
@@ -72,6 +74,7 @@ def test_value_errors_survive_compilation() -> None:
         compiled(torch.tensor([[1.0, torch.nan, 2.0, 3.0]]))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_a_compiled_operation_does_not_lose_a_gradient_silently(backend: str | None) -> None:
     torch.compiler.reset()
