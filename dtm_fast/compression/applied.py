@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from dtm_fast.compression.configuration import Configuration, check_configuration
-from dtm_fast.compression.treatments import Treatment
+from dtm_fast.compression.kept_weights import compressed_weight
+from dtm_fast.compression.treatment import Treatment
 from dtm_fast.model import Component, Decoder
 
 
@@ -52,8 +52,7 @@ class Change:
 
 def _stored(component: Component, treatment: Treatment) -> Tensor:
     """The compressed weight in the layout in which the module stores it."""
-    with torch.no_grad():
-        compressed = treatment.compress(component.weight)
+    compressed = compressed_weight(component, treatment)
     return compressed.t().contiguous() if component.transposed else compressed
 
 

@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from dtm_fast.compression.treatments import Treatment, parse_treatment
+from dtm_fast.compression.parsing import parse_treatment
+from dtm_fast.compression.treatment import Treatment
 from dtm_fast.errors import TreatmentError
 from dtm_fast.model import Decoder
 
@@ -17,9 +18,10 @@ def check_configuration(decoder: Decoder, configuration: Configuration) -> None:
     if not isinstance(configuration, Mapping):
         raise TreatmentError(f"a configuration maps components to treatments; got {configuration!r}")
     for path, treatment in configuration.items():
-        decoder.component(path)
+        component = decoder.component(path)
         if not isinstance(treatment, Treatment):
             raise TreatmentError(f"{path}: {treatment!r} is not a treatment, such as dtm_fast.Int8()")
+        treatment.check(component)
 
 
 def configuration_to_json(configuration: Configuration) -> dict[str, str]:

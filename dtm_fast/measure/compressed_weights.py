@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Treatment
+from dtm_fast.compression import Treatment, compressed_weight
 from dtm_fast.model import Component
 from dtm_fast.ops.decoder_layer import Arithmetic, PackedMatrix
 
@@ -51,7 +51,7 @@ class CompressedWeights:
 
 
 def _compressed(component: Component, treatment: Treatment | None) -> Tensor:
-    return (component.weight if treatment is None else treatment.compress(component.weight)).float()
+    return (component.weight if treatment is None else compressed_weight(component, treatment)).float()
 
 
 def _name(treatment: Treatment | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration
+from dtm_fast.compression import Configuration, compressed_weight
 from dtm_fast.errors import ModelError
 from dtm_fast.measure.compressed_weights import CompressedWeights
 from dtm_fast.measure.model_layers import ModelLayers
@@ -238,7 +238,7 @@ class FusedLayers:
         weights = self._origin._layer(layer, arithmetic)
         for path, treatment in self.treatments.get(layer, {}).items():
             component, index = self._place_of(layer, path)
-            weight = PackedMatrix.pack(treatment.compress(component.weight), arithmetic)
+            weight = PackedMatrix.pack(compressed_weight(component, treatment), arithmetic)
             weights = weights.with_projection(index, replace(weights.projections[index], weight=weight))
         return weights
 

@@ -14,7 +14,7 @@ from dtm_fast.measure.floor import Floor, self_divergence
 from dtm_fast.measure.forward import logits_before
 from dtm_fast.measure.measurement import EXTRA_METRICS, Measurement
 from dtm_fast.measure.probes import Probes
-from dtm_fast.model import Decoder
+from dtm_fast.model import Calibration, Decoder
 
 
 class ReferenceEvaluator:
@@ -25,16 +25,25 @@ class ReferenceEvaluator:
         probes: made by the base model.
         base: the base model where it is not ``model`` itself (to measure a model compressed elsewhere, whose
             configuration is then ``{}``); only ``"kl"`` needs it.
+        calibration: of ``model``, for treatments that look at a component's inputs.
+
+    Raises:
+        ModelError: the model's components are not found, or the calibration is of another model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, probes: Probes, *, base: PreTrainedModel | None = None
+        self,
+        model: PreTrainedModel,
+        probes: Probes,
+        *,
+        base: PreTrainedModel | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """Looks for the model's components; measures nothing yet."""
         self.model = model
         self.probes = probes
         self.base = model if base is None else base
-        self.decoder = Decoder.of(model)
+        self.decoder = Decoder.of(model, calibration)
 
     @cached_property
     def floor(self) -> Floor:

@@ -1,9 +1,12 @@
 """A Hugging Face decoder as an ordered list of layers, each with its components."""
 
+from __future__ import annotations
+
 import difflib
 import warnings
 from dataclasses import dataclass
-from typing import cast
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dtm_fast.errors import ComponentError, ModelError
+from dtm_fast.model.identity import model_identity
+from dtm_fast.model.input_statistics import InputStatistics
+from dtm_fast.nn.linear_layer import LinearLayer
+
+if TYPE_CHECKING:
+    from dtm_fast.model.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -22,12 +31,14 @@ class Component:
         layer: index of its decoder layer, from 0.
         name: the path inside the layer, ``self_attn.q_proj``; the same in every layer.
         module: the linear module that holds the weight.
+        inputs: what enters it, where the decoder has a calibration.
     """
 
     path: str
     layer: int
     name: str
     module: nn.Module
+    inputs: InputStatistics | None = None
 
     @property
     def transposed(self) -> bool:
@@ -47,11 +58,11 @@ class Component:
         weight = self.parameter.detach()
         return weight.t() if self.transposed else weight
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        n, k = self.weight.shape
-        return n, k
+        rows, columns = self.parameter.shape
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def numel(self) -> int:
@@ -74,14 +85,19 @@ class Decoder:
     components: dict[str, Component]
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Decoder":
+    def of(cls, model: nn.Module, calibration: Calibration | None = None) -> Decoder:
         """Finds the decoder's layers and components from the modules themselves.
 
         The layers are the ``ModuleList`` that holds the most parameters; the components are the modules
         inside it that multiply by a two-dimensional floating-point weight.
 
+        Args:
+            model: a causal language model.
+            calibration: of this very model; gives the components their ``inputs``.
+
         Raises:
-            ModelError: if the model has no list of layers, or its layers no weight matrix.
+            ModelError: if the model has no list of layers, or its layers no weight matrix, or the calibration is of
+                another model.
         """
         lists = [
             (path, module)
@@ -91,13 +107,17 @@ class Decoder:
         if not lists:
             raise ModelError(f"{type(model).__name__} has no list of decoder layers")
         path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        if calibration is not None and calibration.model != model_identity(model):
+            raise ModelError("the calibration is of another model, or of this one with other weights")
+        inputs = {} if calibration is None else calibration.inputs
         components = {
-            f"{path}.{index}.{name}": Component(f"{path}.{index}.{name}", index, name, module)
+            (full := f"{path}.{index}.{name}"): Component(full, index, name, module, inputs.get(full))
             for index, layer in enumerate(layers)
             for name, module in layer.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and torch.is_floating_point(module.weight)
         }
-        if not components:
+        # A model whose components are all accelerated has none left, but can be measured as it is.
+        if not components and not any(isinstance(each, LinearLayer) for each in layers.modules()):
             raise ModelError(f"the layers of {type(model).__name__} ({path}) hold no weight matrix")
         fused = [name for name, parameter in layers.named_parameters() if parameter.dim() > 2]
         if fused:

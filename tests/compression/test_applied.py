@@ -2,12 +2,13 @@ import pytest
 import tiny
 import torch
 
-from dtm_fast import W8A8, Int8, Prune
+from dtm_fast import GPTQ, W8A8, Calibration, Drop, Int4, Int8, LLMInt8, Prune, SparseGPT
 from dtm_fast.compression import Change
 from dtm_fast.errors import ComponentError, TreatmentError
 from dtm_fast.model import Decoder, model_identity
 
-TREATMENTS = [Int8(), Prune(0.5), W8A8()]
+TREATMENTS = [Int8(), Prune(0.5), W8A8(), LLMInt8(1), Int4(16), Drop()]
+OF_INPUTS = [Prune("2:4", "wanda"), SparseGPT(0.5), GPTQ(16)]
 
 
 def outputs(decoder: Decoder) -> dict[str, torch.Tensor]:
@@ -37,6 +38,19 @@ def test_it_multiplies_by_the_compressed_weight(family, treatment):
     with Change(decoder, {path: treatment}):
         found = component.module(x)
     torch.testing.assert_close(found, expected + (0 if bias is None else bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("treatment", OF_INPUTS, ids=lambda each: each.key)
+def test_what_looks_at_inputs_is_given_the_components_own(family, treatment):
+    model = tiny.model_of(family)
+    tokens = torch.randint(3, tiny.VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(1))
+    decoder = Decoder.of(model, Calibration.collect(model, tokens, cache=False))
+    before = model_identity(model)
+    for path, component in list(decoder.components.items())[-4:]:
+        expected = treatment.compress(component.weight, component.inputs)
+        with Change(decoder, {path: treatment}):
+            assert torch.equal(component.weight, expected)
+    assert model_identity(model) == before
 
 
 @pytest.mark.parametrize("treatment", TREATMENTS)

@@ -2,7 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtm_fast.compression.saliency import keep_mask, magnitude
+from dtm_fast.compression.saliency import keep_in_rows, keep_mask, magnitude, wanda
+from dtm_fast.model import InputStatistics
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 SPARSITIES = st.floats(0, 1)
@@ -47,3 +48,22 @@ def test_magnitude_is_the_absolute_value_in_float32():
     found = magnitude(weight)
     assert found.dtype == torch.float32
     assert found.tolist() == [[1.5, 0.0, 3.0]]
+
+
+def test_wanda_is_the_papers_product():
+    weight, x = (
+        torch.tensor([[-1.5, 2.0], [0.0, 4.0]], dtype=torch.bfloat16),
+        torch.tensor([[3.0, 1.0], [4.0, 0.0]]),
+    )
+    found = wanda(weight, InputStatistics.of(x))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[7.5, 2.0], [0.0, 4.0]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(SHAPES, st.integers(0, 12), st.integers(0, 99))
+def test_of_each_row_the_least_salient_go(shape, dropped, seed):
+    saliency, dropped = saliency_with_ties(shape, seed), min(dropped, shape[1])
+    for row, keep in zip(saliency.tolist(), keep_in_rows(saliency, dropped).tolist(), strict=True):
+        gone = sorted(range(len(row)), key=lambda place: (row[place], place))[:dropped]
+        assert keep == [place not in gone for place in range(len(row))]

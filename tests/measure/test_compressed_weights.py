@@ -7,7 +7,7 @@ from torch import Tensor
 
 import dtm_fast as dtm
 from dtm_fast.measure.compressed_weights import CompressedWeights
-from dtm_fast.model import Component, Decoder
+from dtm_fast.model import Component, Decoder, InputStatistics
 from dtm_fast.ops import native
 from dtm_fast.ops.decoder_layer import Arithmetic, PackedMatrix, has_arithmetic
 
@@ -63,9 +63,12 @@ class Counted(dtm.Treatment):
     def key(self) -> str:
         return self.name
 
-    def compress(self, weight: Tensor) -> Tensor:
+    def compress(self, weight: Tensor, inputs: InputStatistics | None = None) -> Tensor:
         self.asked += 1
         return weight / 2
+
+    def bits(self, n: int, k: int) -> int:
+        return 0
 
 
 @pytest.mark.parametrize("treatment", [INT8, HALF], ids=lambda each: each.key)

@@ -183,8 +183,11 @@ def test_a_treatment_of_the_input_is_left_to_transformers(evaluator):
 class Ruin(dtm.Treatment):
     key = "ruin"
 
-    def compress(self, weight):
+    def compress(self, weight, inputs=None):
         return weight * torch.nan
+
+    def bits(self, n, k):
+        return 0
 
 
 @pytest.mark.parametrize("metrics", [(), ("sdt",), ("kl",)])

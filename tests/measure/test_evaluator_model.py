@@ -22,7 +22,9 @@ def compress_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (dtm.Int8, dtm.Prune):
         known: dict[tuple[int, str], torch.Tensor] = {}
 
-        def compress(self, weight, plain: Callable = kind.compress, known: dict = known) -> torch.Tensor:
+        def compress(
+            self, weight, inputs=None, plain: Callable = kind.compress, known: dict = known
+        ) -> torch.Tensor:
             key = (weight.data_ptr(), self.key)
             if key not in known:
                 known[key] = plain(self, weight)

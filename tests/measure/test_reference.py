@@ -173,8 +173,11 @@ def test_logits_that_are_not_finite_name_the_configuration_and_leave_the_model(l
     class Ruin(dtm.Treatment):
         key = "ruin"
 
-        def compress(self, weight):
+        def compress(self, weight, inputs=None):
             return weight * torch.nan
+
+        def bits(self, n, k):
+            return 0
 
     before = model_identity(llama_evaluator.model)
     with pytest.raises(MeasurementError, match=rf"{UP} under ruin and 1 more: .* not finite"):
