@@ -27,3 +27,7 @@ class RunError(InputError):
 
 class MeasurementError(ArithmeticError):
     """A measurement that broke a law it must obey, or gave no finite logits."""
+
+
+class TrainingError(ArithmeticError):
+    """A training in which a loss, a gradient or a weight was no longer finite."""

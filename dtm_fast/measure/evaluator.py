@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -22,10 +22,10 @@ from dtm_fast.measure.head import Head, can_prove
 from dtm_fast.measure.measurement import Measurement
 from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.probes import Probes
-from dtm_fast.measure.racing import Contest, Dropped, Race, fdt75, name_of
+from dtm_fast.measure.racing import By, Contest, Dropped, Race, name_of, place, standing
 from dtm_fast.measure.reference import checked_metrics, describe
 from dtm_fast.measure.tensor_store import TensorStore
-from dtm_fast.model import Decoder
+from dtm_fast.model import Calibration, Decoder
 from dtm_fast.model.gated_decoder import LayerParts
 from dtm_fast.ops.decoder_layer import States
 
@@ -40,9 +40,11 @@ class Evaluator:
             free. Less makes it slower, and what cannot be left out goes to a file (TMPDIR).
         layers: ``"fused"`` for this package's kernels, ``"transformers"`` for the model's own layers, ``"auto"`` for
             the kernels where they can run.
+        calibration: of this model, for treatments that look at a component's inputs.
 
     Raises:
-        ModelError: the model's layers cannot be run one by one, or not as ``layers`` asks.
+        ModelError: the model's layers cannot be run one by one, or not as ``layers`` asks, or the calibration is of
+            another model.
     """
 
     def __init__(
@@ -52,11 +54,12 @@ class Evaluator:
         *,
         memory: int | None = None,
         layers: Literal["auto", "fused", "transformers"] = "auto",
+        calibration: Calibration | None = None,
     ) -> None:
         """Reads the probes once with the base and keeps its states."""
         self.model = model
         self.probes = probes
-        self.decoder = Decoder.of(model)
+        self.decoder = Decoder.of(model, calibration)
         parts, why_not = self._fused_parts(layers)
         memory = _free_memory(model.device) // 2 if memory is None else memory
         store = TensorStore(memory)
@@ -145,6 +148,11 @@ class Evaluator:
         return states
 
     @property
+    def can_race(self) -> bool:
+        """Whether ``best`` can be asked, which needs the fused layers (``engine`` says why there are none)."""
+        return self._first is not None
+
+    @property
     def layer_evaluations(self) -> int:
         """Layers of configurations run so far; those that several share are counted once, the base's not at all."""
         return self._complete.layer_evaluations + (self._first.layer_evaluations if self._first else 0)
@@ -190,6 +198,7 @@ class Evaluator:
         configurations: Iterable[Configuration],
         k: int,
         *,
+        by: By = "fdt75",
         error: float = 0.0,
         known: Sequence[Measurement | Dropped] = (),
         on_finished: Callable[[Measurement | Dropped], None] = lambda result: None,
@@ -197,11 +206,14 @@ class Evaluator:
         """The k configurations of the largest FDT_75; the others are dropped as soon as they cannot win.
 
         Equals ``sorted(self.measure(configurations, ()), key=lambda m: (-fdt75(m.fdt), name_of(m.configuration)))[:k]``
-        with error 0: of equal FDT_75 the lower name wins.
+        with error 0: of equal FDT_75 the lower name wins. By ``"fdt75+mean"`` mean FDT decides first, and the key is
+        ``(-fdt75(m.fdt), -m.fdt.double().mean(), name_of(m.configuration))``.
 
         Args:
-            configurations: candidates; equal ones count once.
+            configurations: candidates; equal ones count once. By ``"fdt75+mean"`` they are read in this order, and
+                least is read if the most promising come first.
             k: how many are wanted, at least 1.
+            by: what decides; FDT_75 alone is N for all that harm few probes.
             error: the probability with which one of the best may be dropped because too few of its probes, taken at
                 random, are good.
             known: what earlier races on these probes found of some of the configurations: who was measured is not
@@ -209,19 +221,21 @@ class Evaluator:
             on_finished: called with each other configuration's result before the next is read.
 
         Raises:
-            ValueError: k or error is out of range, or there are no fused layers (``engine`` says why), without which
-                nothing is saved.
+            ValueError: k or error is out of range, by is neither, or there are no fused layers (``engine`` says why),
+                without which nothing is saved.
             ComponentError, TreatmentError, MeasurementError: as ``iterate``.
         """
         if k < 1 or not 0 <= error < 1:
             raise ValueError(f"k must be at least 1 and error in [0, 1), not {k} and {error}")
+        if by not in get_args(By):
+            raise ValueError(f"a race is decided by {' or '.join(get_args(By))}, not by {by!r}")
         if self._first is None:
             raise ValueError(f"a race needs the fused layers; here run {self.engine}")
         candidates = {name_of(each): each for each in configurations}
         for configuration in candidates.values():
             check_configuration(self.decoder, configuration)
         known = [each for each in known if name_of(each.configuration) in candidates]
-        contest = Contest(k, self.probes.margins, error, known)
+        contest = Contest(k, self.probes.margins, error, known, by)
         measured = [each for each in known if isinstance(each, Measurement)]
         for each in measured:
             del candidates[name_of(each.configuration)]
@@ -243,10 +257,11 @@ class Evaluator:
                 measured.append(replace(found, sdt=None))  # only the base has any, by its complete pass
                 on_finished(measured[-1])
         _raise_if_any(failed)
-        measured.sort(key=lambda each: (-fdt75(each.fdt), name_of(each.configuration)))
+        measured.sort(key=lambda each: place(standing(each.fdt), name_of(each.configuration), by))
         for each in measured[k:]:
             seen = torch.minimum(each.fdt + 1, torch.tensor(each.completion))
-            dropped.append(Dropped(each.configuration, fdt75(each.fdt), seen, proved=True))
+            first, mean = standing(each.fdt)
+            dropped.append(Dropped(each.configuration, first, seen, proved=True, highest_mean=mean))
         return Race(measured[:k], dropped)
 
     def _measured(

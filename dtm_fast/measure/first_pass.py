@@ -14,7 +14,7 @@ from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_d
 from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.head import Head
 from dtm_fast.measure.prefix_tree import Node, first_difference, layers_of, tree_of, walk
-from dtm_fast.measure.racing import Contest, Dropped, name_of
+from dtm_fast.measure.racing import Contest, Dropped, Name
 from dtm_fast.ops.decoder_layer import Arithmetic
 
 Results = Iterator[tuple[list[int], Columns | Dropped | MeasurementError]]
@@ -85,16 +85,15 @@ class FirstPass:
         waiting: list[_Waiting] = []
         root = tree_of(self._fused.decoder, configurations, self._fused.treatments)
         handed = walk(root, None, advance, stop_at_chains=True)
-        for node, state in handed if contest is None else _by_name(handed, configurations):
+        for node, state in handed if contest is None else _in_turn(handed, configurations, contest):
             chain = node.chain()
             indices = chain[-1].ends
             steps = [(each.layer - 1, each.treatments) for each in chain if not each.is_base]
             configuration = configurations[indices[0]]
             if contest is not None:
-                highest = contest.highest(configuration)
-                if contest.cannot_win(configuration, highest):
-                    unread = FirstDivergence.unknown(self._fused.count, self._completion)
-                    yield indices, Dropped(configuration, highest, unread.seen, proved=True)
+                unread = FirstDivergence.unknown(self._fused.count, self._completion)
+                if (lost := contest.why_lost(configuration, unread)) is not None:
+                    yield indices, lost
                     continue
             by_layer = layers_of(self._fused.decoder, configuration)
             start = first_difference(by_layer, self._fused.treatments, self._fused.depth)
@@ -139,17 +138,22 @@ class FirstPass:
             yield each.indices, _columns(each.found)
 
 
-def _by_name(
-    handed: Iterator[tuple[Node, Tensor | None]], configurations: Sequence[Configuration]
+def _in_turn(
+    handed: Iterator[tuple[Node, Tensor | None]], configurations: Sequence[Configuration], contest: Contest
 ) -> Iterator[tuple[Node, Tensor | None]]:
-    """The same with those that start at the base's state last, by name: of equals the lowest names win a race."""
+    """The same with those that start at the base's state last, in the contest's order."""
+
+    def turn(node: Node) -> tuple[Name, int]:
+        index = node.chain()[-1].ends[0]
+        return contest.turn(index, configurations[index])
+
     waiting: list[Node] = []
     for node, state in handed:
         if state is None:
             waiting.append(node)
         else:
             yield node, state
-    waiting.sort(key=lambda node: name_of(configurations[node.chain()[-1].ends[0]]))
+    waiting.sort(key=turn)
     yield from ((node, None) for node in waiting)
 
 

@@ -13,6 +13,7 @@ from dtm_fast.compression import (
     configuration_from_json,
     configuration_to_json,
     effective_bits,
+    shapes_of,
 )
 from dtm_fast.errors import InputError
 from dtm_fast.measure import Measurement
@@ -50,7 +51,7 @@ class Point:
         return cls(
             components=len(configuration),
             share=share_of(decoder, configuration),
-            bits=effective_bits(decoder, configuration),
+            bits=effective_bits(shapes_of(decoder), configuration),
             fdt75=fdt.p75,
             fdt=fdt.mean,
             sdt=None if measurement.sdt is None else measurement.summary("sdt").mean,

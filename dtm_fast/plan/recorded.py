@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from dtm_fast.compression import Configuration, configuration_identity
+from dtm_fast.errors import InputError
 from dtm_fast.measure import Evaluator as FastEvaluator
 from dtm_fast.measure import Floor, Measurement, Probes
-from dtm_fast.measure.racing import Dropped, Race
+from dtm_fast.measure.racing import By, Dropped, Race
 from dtm_fast.model import Decoder
 from dtm_fast.runs import Journal
 
@@ -81,7 +82,41 @@ class RecordedEvaluator:
             self._on_finished(measurement, False)
         return [found[identity] for identity in identities]
 
-    def best(self, configurations: Iterable[Configuration], k: int, *, error: float = 0.0) -> Race:
+    def rebased(
+        self, configuration: Configuration, instead_of: "RecordedEvaluator | None" = None
+    ) -> "RecordedEvaluator":
+        """One that measures from the states of ``configuration`` (``Evaluator.rebased``), into the same journal.
+
+        FDT is the same from any states, only sooner from near ones. So where the evaluator cannot start from these
+        (it is no ``dtm_fast.Evaluator``, it has no fused layers, or they do not know a treatment) this one itself is
+        returned.
+
+        Args:
+            configuration: whose states to start from.
+            instead_of: what this method returned before and is not needed any more; its states' memory is used again.
+
+        Raises:
+            ValueError: instead_of keeps another journal.
+            ComponentError, TreatmentError: the configuration does not fit the model.
+        """
+        if instead_of is not None and instead_of._journal is not self._journal:
+            raise ValueError("instead_of was not made from this evaluator: it keeps another journal")
+        if not isinstance(self.evaluator, FastEvaluator):
+            return self
+        replaced = None if instead_of is None else instead_of.evaluator
+        try:
+            evaluator = self.evaluator.rebased(
+                configuration, instead_of=replaced if isinstance(replaced, FastEvaluator) else None
+            )
+        except InputError:
+            raise
+        except ValueError:
+            return self
+        return RecordedEvaluator(evaluator, self._journal, self._on_finished)
+
+    def best(
+        self, configurations: Iterable[Configuration], k: int, *, by: By = "fdt75", error: float = 0.0
+    ) -> Race:
         """As ``Evaluator.best``; who is measured or dropped is committed as soon as that is known.
 
         Raises:
@@ -107,4 +142,4 @@ class RecordedEvaluator:
             elif result.proved or self._journal.bound(identity) is None:
                 self._journal.add_bound(identity, result.to_json())
 
-        return self.evaluator.best(wanted, k, error=error, known=known, on_finished=commit)
+        return self.evaluator.best(wanted, k, by=by, error=error, known=known, on_finished=commit)

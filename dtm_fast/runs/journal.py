@@ -1,4 +1,4 @@
-"""A SQLite journal: one row per finished measurement, committed before the next begins."""
+"""A SQLite journal: what was measured, and what a search decided, each committed before the next begins."""
 
 import filecmp
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 
 from dtm_fast.errors import RunError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -30,6 +30,12 @@ _SCHEMA = (
         bound TEXT NOT NULL,             -- JSON of what is known of it
         finished REAL NOT NULL,          -- as above
         checksum TEXT NOT NULL           -- SHA-256 of the two texts
+    )""",
+    """CREATE TABLE notes (
+        name TEXT PRIMARY KEY,   -- what a search calls its decision
+        content TEXT NOT NULL,   -- JSON of what it has decided
+        finished REAL NOT NULL,  -- as above
+        checksum TEXT NOT NULL   -- SHA-256 of the two texts
     )""",
 )
 
@@ -142,6 +148,29 @@ class Journal:
             ).fetchone()
         return None if found is None else json.loads(found[0])
 
+    def note(self, name: str, content: dict[str, Any]) -> None:
+        """Commits what a search has decided; in place of what was noted under this name.
+
+        Args:
+            name: must say all that the decision depends on beyond this journal's measurements: a search that is resumed
+                takes what it finds under it as decided.
+            content: JSON values.
+
+        Raises:
+            RunError: as ``add``.
+        """
+        texts = (name, json.dumps(content))
+        with _errors(self.path):
+            self._connection.execute(
+                "INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)", (*texts, time.time(), _checksum(*texts))
+            )
+
+    def noted(self, name: str) -> dict[str, Any] | None:
+        """What ``note`` was given last under this name."""
+        with _errors(self.path):
+            found = self._connection.execute("SELECT content FROM notes WHERE name = ?", (name,)).fetchone()
+        return None if found is None else json.loads(found[0])
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All measurements in the order in which they were finished."""
         with _errors(self.path):
@@ -186,10 +215,11 @@ def _check_sound(connection: sqlite3.Connection) -> None:
     for columns in (
         "configuration, metrics, measured, checksum FROM measurements",
         "configuration, bound, checksum FROM bounds",
+        "name, content, checksum FROM notes",
     ):
         rows = connection.execute(f"SELECT {columns}")
         if any(_checksum(*texts) != checksum for *texts, checksum in rows):
-            raise sqlite3.DatabaseError("malformed: a measurement is not as it was written")
+            raise sqlite3.DatabaseError("malformed: a row is not as it was written")
 
 
 def _checksum(*texts: str) -> str:

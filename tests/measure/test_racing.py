@@ -1,5 +1,6 @@
 import itertools
 import json
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 import dtm_fast as dtm
 from dtm_fast.measure import Measurement
 from dtm_fast.measure.first_divergence import FirstDivergence
-from dtm_fast.measure.racing import Contest, Dropped, fdt75, name_of
+from dtm_fast.measure.racing import Contest, Dropped, fdt75, name_of, standing
+from dtm_fast.measure.statistics import summarize
+
+pytestmark = pytest.mark.once
 
 N = 20
 
@@ -69,12 +73,24 @@ def test_the_first_group_is_of_the_smallest_margins_and_can_settle_the_percentil
 def test_who_cannot_win_is_dropped_and_who_may_is_not():
     contest = Contest(2, margins(4))
     contest.take(named("b"), torch.tensor([10] * 4))
-    assert not contest.cannot_win(named("x"), 0)  # only one is known
+    assert not contest.cannot_win(named("x"), (0, 0))  # only one is known
     contest.take(named("d"), torch.tensor([8] * 4))
-    assert not contest.cannot_win(named("x"), 9)
-    assert not contest.cannot_win(named("c"), 8)  # as good as the second, and named before it
-    assert contest.cannot_win(named("e"), 8)
-    assert contest.cannot_win(named("a"), 7.9)
+    assert not contest.cannot_win(named("x"), (9, 0))
+    assert not contest.cannot_win(named("c"), (8, 0))  # as good as the second, and named before it
+    assert contest.cannot_win(named("e"), (8, 8))
+    assert contest.cannot_win(named("a"), (7.9, 8))
+
+
+def test_where_means_decide_too_who_cannot_win_is_below_in_both():
+    contest = Contest(2, margins(4), by="fdt75+mean")
+    contest.take(named("b"), torch.tensor([10] * 4))
+    contest.take(named("d"), torch.tensor([0, 4, 8, 8]))  # FDT_75 8, mean 5
+    assert not contest.cannot_win(named("x"), (8.1, 0))
+    assert not contest.cannot_win(named("x"), (8, 5.1))
+    assert not contest.cannot_win(named("c"), (8, 5))  # as good as the second, and named before it
+    assert contest.cannot_win(named("e"), (8, 5))
+    assert contest.cannot_win(named("a"), (8, 4.9))
+    assert contest.cannot_win(named("a"), (7.9, 20))
 
 
 def test_a_judge_drops_with_what_is_known():
@@ -85,7 +101,7 @@ def test_a_judge_drops_with_what_is_known():
     assert judge.lost is None
     assert not judge.goes_on(found_of([3, 2, 4, 4], [3, 2, 4, 4]))
     assert judge.lost is not None
-    assert (judge.lost.highest, judge.lost.proved) == (4.0, True)
+    assert (judge.lost.highest, judge.lost.highest_mean, judge.lost.proved) == (4.0, 3.25, True)
     assert judge.lost.seen.tolist() == [3, 2, 4, 4]
 
 
@@ -128,16 +144,141 @@ def test_who_is_known_is_in_the_contest():
     low = Dropped(named("b"), 12.0, torch.zeros(4, dtype=torch.int64), proved=True)
     guess = Dropped(named("c"), 12.0, torch.zeros(4, dtype=torch.int64), proved=False)
     contest = Contest(1, margins(4), known=[best, low, guess])
-    assert [contest.highest(named(name)) for name in "abcd"] == [N, 12, N, N]
-    assert [contest.cannot_win(named(name), contest.highest(named(name))) for name in "bcd"] == [
-        True,
-        False,
-        False,
-    ]
+    lost = [contest.why_lost(named(name), FirstDivergence.unknown(4, N)) for name in "bcd"]
+    assert lost[0].to_json() == low.to_json() | {"highest_mean": N}
+    assert lost[1:] == [None, None]
+
+
+@pytest.mark.parametrize("kept_mean", [14.0, None])  # a row of an earlier version has none
+def test_what_was_known_of_one_and_what_is_read_of_the_other_drop_together(kept_mean):
+    known = Dropped(named("x"), 12.0, torch.zeros(4, dtype=torch.int64), True, kept_mean)
+    contest = Contest(1, margins(4), known=[known], by="fdt75+mean")
+    contest.take(named("b"), torch.tensor([9, 11, 12, 12]))  # FDT_75 12, mean 11
+    judge = contest.referee(named("x"))
+    assert judge.goes_on(FirstDivergence.unknown(4, N))
+    assert not judge.goes_on(found_of([3, 10, 10, N], [3, 10, 10, 5]))  # at most 12.5 and 10.75
+    assert judge.lost is not None
+    assert (judge.lost.highest, judge.lost.highest_mean) == (12.0, 10.75)
+
+
+def test_a_new_bound_is_no_looser_than_the_one_it_takes_the_place_of():
+    known = Dropped(named("x"), 12.0, torch.zeros(4, dtype=torch.int64), True, 10.9)
+    contest = Contest(1, margins(4), known=[known], by="fdt75+mean")
+    contest.take(named("b"), torch.tensor([7, 12, 12, 12]))  # FDT_75 12, mean 10.75
+    judge = contest.referee(named("x"))
+    assert judge.goes_on(FirstDivergence.unknown(4, N))
+    assert not judge.goes_on(found_of([11, 11, 11, 12], [11, 11, 11, 12]))  # at most 11.25 and 11.25
+    assert judge.lost is not None
+    assert (judge.lost.highest, judge.lost.highest_mean) == (11.25, 10.9)
+
+
+def raced(contest: Contest, candidates: dict[str, list[int]], draw: random.Random) -> dict[str, Dropped]:
+    """Reads as ``FirstPass`` does, in groups and parts, with doubts that are settled after all parts."""
+    lost = {}
+    order = sorted(enumerate(candidates), key=lambda item: contest.turn(item[0], named(item[1])))
+    for _, name in order:
+        fdt, count = candidates[name], len(candidates[name])
+        upper, seen, uncertain = [N] * count, [0] * count, {}
+        judge = contest.referee(named(name))
+        goes_on = judge.goes_on(found_of(upper, seen))
+        for group, stop in itertools.product(contest.groups, (N // 4, N // 2, N)):
+            if not goes_on:
+                break
+            for probe in group:
+                if upper[probe] < N:
+                    continue
+                seen[probe] = stop
+                if fdt[probe] >= stop or fdt[probe] == N:
+                    continue
+                if draw.random() < 0.2:
+                    uncertain[probe] = [fdt[probe]]  # its divergence is not believed yet
+                else:
+                    upper[probe] = fdt[probe]
+            goes_on = judge.goes_on(found_of(upper, seen, uncertain))
+        if goes_on:
+            contest.take(named(name), torch.tensor(fdt))
+        else:
+            lost[name] = judge.lost
+    return lost
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 6).flatmap(
+        lambda probes: st.lists(
+            st.lists(st.one_of(st.just(N), st.integers(0, N)), min_size=probes, max_size=probes),
+            min_size=1,
+            max_size=12,
+        )
+    ),
+    st.integers(1, 5),
+    st.sampled_from(["fdt75", "fdt75+mean"]),
+    st.randoms(use_true_random=False),
+)
+def test_a_race_ends_with_the_first_of_all_that_are_sorted(table, k, by, draw):
+    """Some are measured and some dropped before: with bounds of both, or of FDT_75 alone as rows once had."""
+    candidates = {chr(ord("a") + index): fdt for index, fdt in enumerate(table)}
+    known: list[Measurement | Dropped] = []
+    for name, fdt in candidates.items():
+        exact = standing(torch.tensor(fdt))
+        kind = draw.choice(["new", "new", "measured", "dropped", "dropped before means were kept", "guessed"])
+        if kind == "measured":
+            known.append(Measurement.of_first(named(name), N, torch.tensor(fdt), torch.zeros(len(fdt)), 0.1))
+        elif kind != "new":
+            high, mean = (min(N, value + draw.choice([0, 0.25, 3])) for value in exact)
+            high = 0.0 if kind == "guessed" else high  # what is not proved says nothing
+            known.append(
+                Dropped(
+                    named(name),
+                    high,
+                    torch.zeros(len(fdt), dtype=torch.int64),
+                    proved=kind != "guessed",
+                    highest_mean=mean if kind == "dropped" else None,
+                )
+            )
+    contest = Contest(k, margins(len(table[0])), known=known, by=by)
+    measured = {
+        name for each in known if isinstance(each, Measurement) for name, _ in name_of(each.configuration)
+    }
+    lost = raced(contest, {name: fdt for name, fdt in candidates.items() if name not in measured}, draw)
+
+    def key(name):
+        fdt = candidates[name]
+        means = () if by == "fdt75" else (-sum(fdt) / len(fdt),)
+        return (-float(np.percentile(fdt, 75)), *means, name)
+
+    assert not set(lost) & set(sorted(candidates, key=key)[:k])
+    finished = [name for name in candidates if name not in lost]
+    assert sorted(finished, key=key)[:k] == sorted(candidates, key=key)[:k]
+    for name, dropped in lost.items():
+        high, mean = standing(torch.tensor(candidates[name]))
+        assert dropped.proved
+        assert dropped.highest >= high
+        assert dropped.highest_mean >= mean
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, N), min_size=1, max_size=40))
+def test_a_standing_is_that_of_summaries(values):
+    summary = summarize(torch.tensor(values))
+    assert standing(torch.tensor(values)) == (summary.p75, summary.mean)
+
+
+def test_candidates_are_read_by_name_or_as_they_were_given():
+    def order(by):
+        contest = Contest(1, margins(4), by=by)
+        return sorted(range(3), key=lambda index: contest.turn(index, named("cab"[index])))
+
+    assert (order("fdt75"), order("fdt75+mean")) == ([1, 2, 0], [0, 1, 2])
 
 
 def test_a_dropped_configuration_goes_through_json():
-    dropped = Dropped(named("b") | {"c": dtm.Prune(0.25)}, 12.5, torch.tensor([3, 0]), proved=True)
+    dropped = Dropped(named("b") | {"c": dtm.Prune(0.25)}, 12.5, torch.tensor([3, 0]), True, 9.75)
     again = Dropped.from_json(json.loads(json.dumps(dropped.to_json())))
     assert again.to_json() == dropped.to_json()
     assert again.configuration == dropped.configuration
+
+
+def test_a_dropped_row_of_an_earlier_version_has_no_mean():
+    stored = {"configuration": {"b": "int8"}, "highest": 12.5, "seen": [3, 0], "proved": True}
+    assert Dropped.from_json(stored).highest_mean is None

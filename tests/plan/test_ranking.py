@@ -2,7 +2,7 @@ import pytest
 from made_up import measurement_of
 
 from dtm_fast.plan import RANKINGS, metrics_for, rank
-from dtm_fast.plan.ranking import _KEYS
+from dtm_fast.plan.ranking import _KEYS, mean_of
 
 
 def test_by_fdt75_the_highest_comes_first():
@@ -33,8 +33,8 @@ def test_equals_stand_by_name_whatever_their_order():
     assert rank({"b": same, "c": same, "a": same}) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("by", ["dppl", "perplexity"])
-def test_by_perplexities_the_lowest_mean_comes_first(by):
+@pytest.mark.parametrize("by", ["dppl", "perplexity", "kl"])
+def test_by_other_metrics_the_lowest_mean_comes_first(by):
     measured = {
         "a": measurement_of([1, 1], **{by: [2.0, 4.0]}),
         "b": measurement_of([1, 1], **{by: [1.0, 4.5]}),
@@ -49,4 +49,11 @@ def test_every_ranking_has_a_key_and_its_metric_is_measured():
         "fdt75": ["dppl", "sdt"],
         "dppl": ["dppl", "sdt"],
         "perplexity": ["dppl", "perplexity", "sdt"],
+        "kl": ["dppl", "kl", "sdt"],
     }
+
+
+def test_a_mean_is_that_of_summaries():
+    measured = measurement_of([1, 2, 2], dppl=[1.1, 2.3, 7.9])
+    for metric in ("fdt", "sdt", "dppl"):
+        assert mean_of(measured, metric) == measured.summary(metric).mean

@@ -3,6 +3,7 @@ from made_up import MadeUpEvaluator, int8
 
 import dtm_fast as dtm
 from dtm_fast.compression import configuration_identity
+from dtm_fast.errors import ComponentError
 from dtm_fast.measure.racing import fdt75, name_of
 from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
 from dtm_fast.plan import RecordedEvaluator
@@ -152,6 +153,48 @@ def test_a_race_that_is_ended_goes_on_with_what_it_knows(journal, racer):
     assert [each.configuration for each in race.best] == [
         each.configuration for each in racer.best(candidates, 3).best
     ]
+
+
+def test_from_rebased_states_the_same_is_measured_into_the_same_journal(journal, racer):
+    said = []
+    recorded = RecordedEvaluator(racer, journal, lambda m, known: said.append(known))
+    paths = list(racer.decoder.components)
+    parent = dict.fromkeys(paths[::2], dtm.Prune(0.4))
+    children = [parent | {path: dtm.Prune(0.6)} for path in paths]
+    rebased = recorded.rebased(parent)
+    assert rebased.evaluator is not racer
+    found = rebased.measure([parent, *children], ())
+    expected = racer.measure([parent, *children], ())
+    assert [each.fdt.tolist() for each in found] == [each.fdt.tolist() for each in expected]
+    assert len(journal) == len(said) == 1 + len(children)
+    assert not any(said)
+    before = racer.layer_evaluations
+    assert [each.to_json() for each in recorded.measure(children, ())] == [
+        each.to_json() for each in found[1:]
+    ]
+    assert racer.layer_evaluations == before
+    other = recorded.rebased(children[0], instead_of=rebased)
+    assert other.measure(children, ())[0].fdt.tolist() == expected[1].fdt.tolist()
+
+
+def test_where_no_states_can_be_kept_it_measures_as_before(journal, evaluator, llama, make_probes):
+    made_up = RecordedEvaluator(evaluator, journal)
+    assert made_up.rebased(A) is made_up
+    path = dtm.components(llama)[0]
+    plain = RecordedEvaluator(dtm.Evaluator(llama, make_probes(llama), layers="transformers"), journal)
+    assert plain.rebased({path: dtm.Prune(0.5)}) is plain
+
+
+def test_states_of_what_does_not_fit_the_model_or_in_place_of_anothers_are_refused(
+    journal, racer, evaluator, tmp_path
+):
+    recorded = RecordedEvaluator(racer, journal)
+    with pytest.raises(ComponentError, match="no component 'a'"):
+        recorded.rebased(A)
+    other = Journal.open(tmp_path / "other.sqlite", {})
+    with pytest.raises(ValueError, match="instead_of was not made from this evaluator"):
+        recorded.rebased({}, instead_of=RecordedEvaluator(evaluator, other))
+    other.close()
 
 
 def test_a_race_needs_the_fast_evaluator(journal, evaluator):

@@ -76,6 +76,43 @@ def test_a_bound_that_is_not_as_it_was_written_is_damage(path):
         Journal.open(path)
 
 
+def test_the_note_made_last_is_found_and_is_no_measurement(path):
+    journal = Journal.open(path, IDENTITY)
+    journal.note("beam depth 1", {"kept": [[0, "a", "int8"]]})
+    journal.note("beam depth 1", {"kept": [[0, "b", "int8"], [1, "a", "int8"]]})
+    journal.note("beam depth 2", {"kept": []})
+    journal.close()
+    journal = Journal.open(path)
+    assert journal.noted("beam depth 1") == {"kept": [[0, "b", "int8"], [1, "a", "int8"]]}
+    assert (journal.noted("beam depth 2"), journal.noted("beam depth 3")) == ({"kept": []}, None)
+    assert (list(journal), len(journal), journal.bound("beam depth 1")) == ([], 0, None)
+    journal.close()
+
+
+def test_a_note_is_durable_before_it_returns(path):
+    journal = Journal.open(path, IDENTITY)
+    journal.note("beam depth 1", {"kept": [7]})
+    other = sqlite3.connect(path)
+    assert other.execute("SELECT name, content FROM notes").fetchall() == [("beam depth 1", '{"kept": [7]}')]
+    other.close()
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    "change", ["content = '{\"kept\": [8]}'", "name = 'beam depth 2'", "checksum = 'x'"], ids=str
+)
+def test_a_note_that_is_not_as_it_was_written_is_damage(path, change):
+    journal = Journal.open(path, IDENTITY)
+    journal.note("beam depth 1", {"kept": [7]})
+    journal.close()
+    connection = sqlite3.connect(path)
+    connection.execute(f"UPDATE notes SET {change}")
+    connection.commit()
+    connection.close()
+    with pytest.raises(RunError, match="the journal is damaged"):
+        Journal.open(path)
+
+
 def test_rows_come_in_the_order_in_which_they_were_finished_whatever_the_clock_says(path, monkeypatch):
     journal = Journal.open(path, IDENTITY)
     for i, clock in enumerate((30.0, 10.0, 20.0)):
