@@ -1,0 +1,158 @@
+"""The joint search: for each component whether to prune, to quantize or to keep it, under a budget of size."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+
+import torch
+
+from dtm_fast.compression import Configuration, Treatment, configuration_identity
+from dtm_fast.errors import InputError
+from dtm_fast.measure import Measurement
+from dtm_fast.plan.front import front
+from dtm_fast.plan.harms import MEASURED, divergence_rate
+from dtm_fast.plan.knapsack import Option, choose
+from dtm_fast.plan.options import Choice, Options, key_of
+from dtm_fast.plan.plan import Plan, Point
+from dtm_fast.plan.ranking import rank
+from dtm_fast.plan.recorded import RecordedEvaluator
+from dtm_fast.plan.units import Unit
+
+SEARCH = "joint"
+HARMS = ("fdt", "sdt", "dppl")
+METRICS = ("dppl", "sdt")
+_RELUCTANCE = (0.0, 0.5, 0.8, 0.95)
+
+
+def joint_search(
+    recorded: RecordedEvaluator,
+    treatments: Sequence[Treatment],
+    units: Sequence[Unit],
+    budgets: Sequence[float],
+    *,
+    refinements: int = 1,
+) -> Plan:
+    """The best configuration found for the first budget, and on the way for others: a front of size and divergence.
+
+    1. Every unit is measured alone under every treatment.
+    2. For each budget, a knapsack of the harms of single units proposes a configuration for each of three harms (rate
+       of first divergence, share of divergent tokens, lost likelihood), for none of them adds up exactly. What they do
+       together is measured.
+    3. The best of each budget is refined: from its states (``Evaluator.rebased``) every unit is measured under the next
+       smaller and the next larger of its options, so that harms are those beside all others, and the knapsack is solved
+       again; once as it is, and with more and more reluctance to change.
+
+    Nothing is measured twice, also not by another search in the same journal.
+
+    Args:
+        recorded: measures.
+        treatments: which may be chosen; keeping a unit always may.
+        units: what is treated together (``plan.units``).
+        budgets: effective bits of a component's weight on average, 16 being those of the model as it is; the plan is
+            for the first.
+        refinements: how often step 3 is done for each budget.
+
+    Returns:
+        A plan whose curve is the front of mean FDT over size; ``reached_by`` says what each budget reached.
+
+    Raises:
+        InputError: a budget that cannot be reached, which names the smallest that can; no budget; no treatment.
+        ComponentError, TreatmentError: a treatment does not fit a component.
+    """
+    options = Options(recorded.decoder, treatments, units)
+    limits = [options.limit(budget) for budget in budgets]
+    if not limits:
+        raise InputError("budgets: at least one")
+    search = _Search(recorded, options)
+    best = search.proposed(limits)
+    for _ in range(refinements):
+        best = [search.refined(limit, found) for limit, found in zip(limits, best, strict=True)]
+    reached = [Point.of(recorded.decoder, found) for found in best]
+    return Plan(
+        configuration=dict(best[0].configuration),
+        search=SEARCH,
+        how={
+            "treatments": [treatment.key for treatment in options.treatments],
+            "budgets": list(budgets),
+            "units": len(units),
+            "refinements": refinements,
+            "reached": [asdict(point) for point in reached],
+        },
+        model=recorded.model_identity,
+        curve=front(Point.of(recorded.decoder, found) for found in search.seen.values()),
+        chosen=reached[0] if best[0].configuration else None,
+    )
+
+
+def reached_by(plan: Plan) -> Mapping[float, Point]:
+    """The point that a joint plan reached within each of its budgets."""
+    points = [Point(**point) for point in plan.how["reached"]]
+    return dict(zip(plan.how["budgets"], points, strict=True))
+
+
+class _Search:
+    """What one search knows."""
+
+    def __init__(self, recorded: RecordedEvaluator, options: Options) -> None:
+        self._recorded = recorded
+        self._options = options
+        self.seen: dict[str, Measurement] = {}
+        """Joint configurations measured so far."""
+
+    def proposed(self, limits: Sequence[int]) -> list[Measurement]:
+        """The best of those that each harm proposes, for each limit."""
+        options = self._options
+        base, *found = self._recorded.measure([{}, *options.alone()], METRICS)
+        singles = iter(found)
+        alone = {
+            unit: {"": base} | {each.key: next(singles) for each in options.treatments}
+            for unit in options.units
+        }
+
+        def harm_by(name: str) -> Callable[[Unit, Choice], float]:
+            return lambda unit, choice: MEASURED[name].of(alone[unit][key_of(choice)])
+
+        best = []
+        for limit in limits:
+            wanted = [options.least_harmful(limit, harm) for harm in map(harm_by, HARMS)]
+            best.append(self._best_of(wanted))
+        return best
+
+    def refined(self, limit: int, found: Measurement) -> Measurement:
+        """The best of those that harms beside ``found``'s other treatments propose, or ``found`` itself."""
+        options, own = self._options, found.configuration
+        rows = [options.neighbours(unit, own.get(unit[0])) for unit in options.units]
+        changed = [
+            _changed(own, unit, each)
+            for unit, row in zip(options.units, rows, strict=True)
+            for each in row[1:]
+        ]
+        step = self._recorded.rebased(own) if own else self._recorded
+        measured = iter(step.measure(changed, ()))
+        here = divergence_rate(found)
+        harms = [[0.0, *(divergence_rate(next(measured)) - here for _ in row[1:])] for row in rows]
+        differences = torch.tensor([abs(each) for row in harms for each in row[1:]])
+        proposed = [own]
+        for quantile in _RELUCTANCE if len(differences) else ():
+            # A harm is added to every change: the larger it is, the fewer are made.
+            extra = float(differences.quantile(quantile)) if quantile else 0.0
+            weighed = [
+                [
+                    Option(options.bits(unit, each), harm + (extra if place else 0.0))
+                    for place, (each, harm) in enumerate(zip(row, harm_row, strict=True))
+                ]
+                for unit, row, harm_row in zip(options.units, rows, harms, strict=True)
+            ]
+            picked = choose(weighed, limit)
+            proposed.append(options.assembled([row[i] for row, i in zip(rows, picked, strict=True)]))
+        return self._best_of(proposed)
+
+    def _best_of(self, proposed: Iterable[Configuration]) -> Measurement:
+        distinct = {configuration_identity(each): each for each in proposed}
+        found = dict(zip(distinct, self._recorded.measure(distinct.values(), METRICS), strict=True))
+        self.seen |= found
+        return found[rank(found)[0]]
+
+
+def _changed(configuration: Configuration, unit: Unit, choice: Choice) -> Configuration:
+    changed = {path: treatment for path, treatment in configuration.items() if path not in unit}
+    return changed if choice is None else changed | dict.fromkeys(unit, choice)

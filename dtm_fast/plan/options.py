@@ -1,0 +1,105 @@
+"""What a search may do to each unit, and how large the whole then is."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from typing import TypeAlias
+
+from dtm_fast.compression import (
+    Configuration,
+    Treatment,
+    check_configuration,
+    configuration_bits,
+    shapes_of,
+)
+from dtm_fast.errors import InputError
+from dtm_fast.model import Decoder
+from dtm_fast.plan.knapsack import Option, choose
+from dtm_fast.plan.units import Unit
+
+Choice: TypeAlias = Treatment | None
+"""What is done to a unit; None: it is kept."""
+
+
+class Options:
+    """Units, each of which is kept or gets one of some treatments.
+
+    Args:
+        decoder: of the model.
+        treatments: which may be chosen; equal ones count once.
+        units: what is treated together (``plan.units``).
+
+    Raises:
+        InputError: no treatment.
+        ComponentError, TreatmentError: a treatment does not fit a component.
+    """
+
+    def __init__(self, decoder: Decoder, treatments: Iterable[Treatment], units: Sequence[Unit]) -> None:
+        """Measures nothing."""
+        self.units = units
+        self.treatments = list({treatment.key: treatment for treatment in treatments}.values())
+        if not self.treatments:
+            raise InputError("treatments: at least one")
+        inside = [path for unit in units for path in unit]
+        for treatment in self.treatments:
+            check_configuration(decoder, dict.fromkeys(inside, treatment))
+        self.choices: list[Choice] = [None, *self.treatments]
+        self._shapes = shapes_of(decoder)
+        self._weights = sum(map(prod, self._shapes.values()))
+        outside = {path: shape for path, shape in self._shapes.items() if path not in set(inside)}
+        self._outside = configuration_bits(outside, {})
+
+    def bits(self, unit: Unit, choice: Choice) -> int:
+        """Bits that a unit takes."""
+        shapes = {path: self._shapes[path] for path in unit}
+        return configuration_bits(shapes, {} if choice is None else dict.fromkeys(unit, choice))
+
+    def limit(self, budget: float) -> int:
+        """The bits that a budget, in bits for each weight of all components, leaves for the units.
+
+        Raises:
+            InputError: it cannot be reached; the message names the smallest that can.
+        """
+        smallest = self._outside + sum(
+            min(self.bits(unit, each) for each in self.choices) for unit in self.units
+        )
+        if not math.isfinite(budget) or budget * self._weights < smallest:
+            # Rounded up, so that what the message names can be asked for.
+            least = math.ceil(smallest / self._weights * 1000) / 1000
+            raise InputError(
+                f"budget: {budget:g} effective bits cannot be reached; the smallest that these treatments reach "
+                f"is {least:g}"
+            )
+        return math.floor(budget * self._weights) - self._outside
+
+    def alone(self) -> list[Configuration]:
+        """Every unit alone under every treatment, unit by unit."""
+        return [dict.fromkeys(unit, each) for unit in self.units for each in self.treatments]
+
+    def least_harmful(self, limit: int, harm: Callable[[Unit, Choice], float]) -> Configuration:
+        """The configuration of at most ``limit`` bits whose harms add up to least (``plan.knapsack``)."""
+        rows = [
+            [Option(self.bits(unit, each), harm(unit, each)) for each in self.choices] for unit in self.units
+        ]
+        picked = choose(rows, limit)
+        return self.assembled([self.choices[index] for index in picked])
+
+    def assembled(self, choices: Sequence[Choice]) -> dict[str, Treatment]:
+        """The configuration that has these, one for each unit."""
+        return {
+            path: choice
+            for unit, choice in zip(self.units, choices, strict=True)
+            if choice is not None
+            for path in unit
+        }
+
+    def neighbours(self, unit: Unit, own: Choice) -> list[Choice]:
+        """``own`` first, then the next smaller and the next larger choice, as far as there are any."""
+        order = sorted(self.choices, key=lambda each: (self.bits(unit, each), key_of(each)))
+        place = [key_of(each) for each in order].index(key_of(own))
+        return [own, *order[max(0, place - 1) : place], *order[place + 1 : place + 2]]
+
+
+def key_of(choice: Choice) -> str:
+    """The treatment's key; empty for keeping."""
+    return "" if choice is None else choice.key

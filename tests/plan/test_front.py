@@ -1,0 +1,56 @@
+"""The Pareto front by its definition."""
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtm_fast.plan.front import QUALITIES, front, value_at
+from dtm_fast.plan.plan import Point
+
+numbers = st.integers(0, 6).map(float)
+points = st.lists(
+    st.builds(
+        Point, st.just(1), st.just(0.5), numbers, numbers, numbers, st.none() | numbers, st.none() | numbers
+    )
+)
+
+
+@given(points, st.sampled_from([name for name in QUALITIES if name != "fdt75"]))
+def test_no_point_is_beaten_and_every_other_is(all_points, by):
+    quality = QUALITIES[by]
+    found = front(all_points, by)
+    known = [point for point in all_points if quality(point) is not None]
+    for point in known:
+        beaten = any(
+            other.bits <= point.bits and quality(other) >= quality(point) and other != point
+            for other in found
+        )
+        assert (point in found) or beaten
+    for one, two in pairwise(found):
+        assert one.bits < two.bits
+        assert quality(one) < quality(two)
+
+
+@given(points)
+def test_fdt75_is_decided_by_mean_fdt_where_it_is_equal(all_points):
+    found = front(all_points, "fdt75")
+    pairs = [(point.fdt75, point.fdt) for point in found]
+    assert pairs == sorted(set(pairs))
+    for point in all_points:
+        assert any(o.bits <= point.bits and (o.fdt75, o.fdt) >= (point.fdt75, point.fdt) for o in found)
+
+
+def test_of_equals_the_first_stays():
+    one, two = (Point(n, 0.5, 8.0, 10.0, 9.0, 1.0, None) for n in (1, 2))
+    assert front([one, two]) == [one]
+    assert front([one], "dppl") == []
+
+
+def test_the_best_value_of_at_most_so_many_bits():
+    curve = [Point(1, 0.5, bits, fdt, fdt, 1.0, None) for bits, fdt in ((4.0, 10.0), (8.0, 50.0))]
+    assert value_at(curve, 3.9) is None
+    assert value_at(curve, 7.0) == 10.0
+    assert value_at(curve, 8.0) == 50.0
+    assert value_at(curve, 8.0, "sdt") == -1.0
+    assert value_at(curve, 8.0, "dppl") is None

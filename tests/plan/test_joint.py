@@ -1,0 +1,209 @@
+"""The joint search and the comparison of criteria, on models whose harms are known."""
+
+import itertools
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+import dtm_fast as dtm
+from dtm_fast import Int8, Prune
+from dtm_fast.compression import configuration_identity, effective_bits, shapes_of
+from dtm_fast.errors import InputError
+from dtm_fast.measure import Measurement
+from dtm_fast.measure.racing import fdt75
+from dtm_fast.plan import RecordedEvaluator
+from dtm_fast.plan.comparison import chosen_by, compare
+from dtm_fast.plan.joint import joint_search, reached_by
+from dtm_fast.plan.plan import Plan, Point
+from dtm_fast.plan.units import units
+from dtm_fast.runs import Journal
+
+N, PROBES = 100, 8
+TREATMENTS = (Int8(), Prune(0.5), Prune(0.75))
+
+
+class FirstCause:
+    """Every treated component diverges at some token of each probe; together they diverge where the first does."""
+
+    def __init__(self, components: int, seed: int = 0, fails_at: int | None = None) -> None:
+        draw = random.Random(seed)
+        shapes = {f"c{i}": (8, draw.choice([16, 32, 64])) for i in range(components)}
+        self.decoder = SimpleNamespace(
+            components={path: SimpleNamespace(shape=s, numel=s[0] * s[1]) for path, s in shapes.items()}
+        )
+        self.decoder.component = self.decoder.components.__getitem__
+        self.probes = None
+        self.measured: list[tuple[str, tuple[str, ...]]] = []
+        self._fails_at = fails_at
+        # More sparsity harms more, int8 least; how much depends on the component.
+        self._places = {
+            (path, each.key): [draw.expovariate(scale * hurt) for _ in range(PROBES)]
+            for path in shapes
+            for hurt in [draw.choice([0.1, 1.0, 5.0])]
+            for each, scale in zip(TREATMENTS, (0.002, 0.01, 0.05), strict=True)
+        }
+
+    def iterate(self, configurations, metrics=()):
+        for configuration in configurations:
+            if len(self.measured) == self._fails_at:
+                raise KeyboardInterrupt
+            self.measured.append((configuration_identity(configuration), tuple(metrics)))
+            yield self.of(configuration)
+
+    def of(self, configuration) -> Measurement:
+        places = [self._places[path, each.key] for path, each in configuration.items()]
+        fdt = [min([N, *(int(row[probe]) for row in places)]) for probe in range(PROBES)]
+        sdt = [len({int(row[probe]) for row in places if row[probe] < N}) for probe in range(PROBES)]
+        return Measurement(
+            configuration=configuration,
+            completion=N,
+            fdt=torch.tensor(fdt),
+            sdt=torch.tensor(sdt),
+            first_margin=torch.full((PROBES,), 0.5),
+            dppl=torch.tensor([2.0 ** (each / N) for each in sdt], dtype=torch.float64),
+        )
+
+    def within(self, budget: float) -> list[tuple[float, float]]:
+        """(FDT_75, mean FDT) of every configuration of at most so many bits, the best first."""
+        paths, shapes, found = list(self.decoder.components), shapes_of(self.decoder), []
+        for choices in itertools.product([None, *TREATMENTS], repeat=len(paths)):
+            configuration = {path: each for path, each in zip(paths, choices, strict=True) if each}
+            if effective_bits(shapes, configuration) <= budget:
+                fdt = self.of(configuration).fdt
+                found.append((fdt75(fdt), float(fdt.double().mean())))
+        return sorted(found, reverse=True)
+
+
+def recorded(evaluator, folder: Path) -> RecordedEvaluator:
+    return RecordedEvaluator(evaluator, Journal.open(folder / "journal.sqlite", {"model": "made"}))
+
+
+def search(evaluator, folder: Path, budgets=(8.0, 6.0), treatments=TREATMENTS, **options) -> Plan:
+    run = recorded(evaluator, folder)
+    return joint_search(
+        run, treatments, [(path,) for path in evaluator.decoder.components], budgets, **options
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_fits_its_budgets_and_comes_near_the_optimum(tmp_path, seed):
+    evaluator = FirstCause(5, seed)
+    plan = search(evaluator, tmp_path, (10.0, 7.0, 5.0))
+    shapes = shapes_of(evaluator.decoder)
+    assert effective_bits(shapes, plan.configuration) <= 10
+    for budget, point in reached_by(plan).items():
+        every = evaluator.within(budget)
+        assert point.bits <= budget
+        assert every.index((point.fdt75, point.fdt)) <= 0.02 * len(every)
+    assert plan.chosen == reached_by(plan)[10.0]
+    assert plan.search == "joint"
+
+
+def test_refining_never_makes_it_worse_and_sometimes_better(tmp_path):
+    better = 0
+    for seed in range(4):
+        folders = [tmp_path / f"{seed}-{times}" for times in (0, 1, 2)]
+        for folder in folders:
+            folder.mkdir()
+        found = [
+            search(FirstCause(10, seed), folder, (6.0,), refinements=times).chosen
+            for times, folder in enumerate(folders)
+        ]
+        pairs = [(point.fdt75, point.fdt) for point in found]
+        assert pairs == sorted(pairs)
+        better += pairs[-1] > pairs[0]
+    assert better
+
+
+def test_more_treatments_are_never_worse_in_one_journal(tmp_path):
+    """Not a property of the search but of its result: what is joint may be what one treatment alone gives."""
+    evaluator = FirstCause(10, 3)
+    alone = [search(evaluator, tmp_path, (10.0,), [each]).chosen for each in TREATMENTS]
+    joint = search(evaluator, tmp_path, (10.0,)).chosen
+    assert all((joint.fdt75, joint.fdt) >= (point.fdt75, point.fdt) for point in alone)
+
+
+def test_nothing_is_measured_twice_and_a_broken_off_search_ends_in_the_same_plan(tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = FirstCause(7, 1)
+    expected = search(whole, tmp_path / "whole")
+    assert len(whole.measured) == len(set(whole.measured))
+    for fails_at in (0, 1, 10, 25, len(whole.measured) - 1):
+        folder = tmp_path / str(fails_at)
+        folder.mkdir()
+        broken = FirstCause(7, 1, fails_at)
+        with pytest.raises(KeyboardInterrupt):
+            search(broken, folder)
+        again = FirstCause(7, 1)
+        assert search(again, folder) == expected
+        assert sorted(broken.measured + again.measured) == sorted(whole.measured)
+
+
+def test_the_curve_is_a_front(tmp_path):
+    curve = search(FirstCause(8, 2), tmp_path, (12.0, 9.0, 7.0, 5.0)).curve
+    assert [(p.bits, p.fdt) for p in curve] == sorted((p.bits, p.fdt) for p in curve)
+    assert len({p.fdt for p in curve}) == len(curve)
+
+
+def test_json_and_back(tmp_path):
+    plan = search(FirstCause(4), tmp_path)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert reached_by(Plan.from_json(plan.to_json())) == reached_by(plan)
+
+
+def test_a_roomy_budget_keeps_everything(tmp_path):
+    plan = search(FirstCause(4), tmp_path, (16.0,))
+    assert (plan.configuration, plan.chosen) == ({}, None)
+
+
+def test_bad_input_is_refused_before_anything_is_measured(tmp_path):
+    evaluator = FirstCause(4)
+    with pytest.raises(InputError, match=r"budget: 2 effective bits cannot be reached; the smallest .* is 5"):
+        search(evaluator, tmp_path, (8.0, 2.0))
+    with pytest.raises(InputError, match="budgets: at least one"):
+        search(evaluator, tmp_path, ())
+    with pytest.raises(InputError, match="treatments: at least one"):
+        search(evaluator, tmp_path, treatments=())
+    with pytest.raises(InputError, match="no harm 'bleu'; known: fdt, sdt, dppl, perplexity, kl, layer"):
+        chosen_by(recorded(evaluator, tmp_path), TREATMENTS, [("c0",)], [8.0], "bleu")
+    assert evaluator.measured == []
+
+
+def test_what_each_criterion_chooses_is_the_least_harmful_by_it(tmp_path):
+    evaluator = FirstCause(8, 5)
+    run = recorded(evaluator, tmp_path)
+    names = [(path,) for path in evaluator.decoder.components]
+    (chosen,) = chosen_by(run, [Int8()], names, [12.0], "sdt")
+    alone = {path: float(evaluator.of({path: Int8()}).sdt.sum()) for (path,) in names}
+    shapes = shapes_of(evaluator.decoder)
+    assert effective_bits(shapes, chosen) <= 12
+    saved = {path: 8 * n * k - 32 * n for path, (n, k) in shapes.items()}
+    worst = max(alone[path] / saved[path] for path in chosen)
+    left = [path for (path,) in names if path not in chosen and alone[path] / saved[path] < worst]
+    assert all(saved[path] < max(saved.values()) for path in left), (
+        "only what fits the rest of the budget is left"
+    )
+
+
+def test_criteria_on_a_model(make_probes, tmp_path):
+    """Measured ones and predicted ones, each within the budget; the calibration is of the probes' own tokens."""
+    model = tiny.model_of("llama")
+    probes = make_probes(model)
+    calibration = dtm.Calibration.collect(model, probes.tokens)
+    evaluator = dtm.Evaluator(model, probes, calibration=calibration)
+    run = recorded(evaluator, tmp_path)
+    found = compare(run, [Int8(), Prune(0.5)], units(evaluator.decoder, fused=True), [9.0, 12.0])
+    assert list(found) == ["fdt", "sdt", "dppl", "perplexity", "kl", "layer error", "gradient"]
+    for measured in found.values():
+        for budget, measurement in zip((9.0, 12.0), measured, strict=True):
+            assert Point.of(evaluator.decoder, measurement).bits <= budget
+            assert measurement.kl is not None
+            kinds = {}
+            for path, treatment in measurement.configuration.items():
+                if path.endswith(("q_proj", "k_proj", "v_proj")):
+                    kinds.setdefault(path.rpartition(".")[0], []).append(treatment.key)
+            assert all(len(set(each)) == 1 and len(each) == 3 for each in kinds.values())
