@@ -1,0 +1,100 @@
+"""The linear layers as vLLM has them: what it multiplies by as one matrix, and which config group it finds for each.
+
+Read off vLLM's ``compressed_tensors/utils.py`` (``should_ignore_layer``, ``find_matched_target``) and
+``compressed_tensors.py`` (``get_scheme_dict``), of September 2026 and before its pull request 49483 of July 2026.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""vLLM's name of a layer → the modules of a checkpoint that it holds as one matrix."""
+
+_CLASSES = {
+    "qkv_proj": "QKVParallelLinear",
+    "gate_up_proj": "MergedColumnParallelLinear",
+    "o_proj": "RowParallelLinear",
+    "down_proj": "RowParallelLinear",
+    "lm_head": "ParallelLMHead",
+}
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """A linear layer as vLLM has it.
+
+    Attributes:
+        name: its path there, such as ``model.layers.0.self_attn.qkv_proj``.
+        shards: the checkpoint's modules in it; one that is called ``name`` where nothing is fused.
+    """
+
+    name: str
+    shards: tuple[str, ...]
+
+    @property
+    def class_name(self) -> str:
+        """Of vLLM's class; it matters by what it contains."""
+        return _CLASSES.get(self.name.rpartition(".")[2], "ColumnParallelLinear")
+
+
+def served_layers(linears: Iterable[str]) -> list[ServedLayer]:
+    """The layers that these linear modules of a checkpoint become; each module is in one.
+
+    Args:
+        linears: module paths. Modules of ``FUSED`` that stand beside all others of their set are fused.
+    """
+    known = dict.fromkeys(linears)
+    found: dict[str, ServedLayer] = {}
+    for path in known:
+        parent, dot, own = path.rpartition(".")
+        for fused, names in FUSED.items():
+            shards = tuple(f"{parent}{dot}{name}" for name in names)
+            if own in names and all(shard in known for shard in shards):
+                found.setdefault(f"{parent}{dot}{fused}", ServedLayer(f"{parent}{dot}{fused}", shards))
+                break
+        else:
+            found[path] = ServedLayer(path, (path,))
+    return list(found.values())
+
+
+def name_matches(name: str, target: str) -> bool:
+    """``target`` is the name, or after ``re:`` a pattern that matches it from its start."""
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+def class_matches(class_name: str, target: str) -> bool:
+    """``target`` is contained in the class's name, whatever its case; or after ``re:`` matches it from its start."""
+    if target.startswith("re:"):
+        return bool(re.match(target[3:], class_name))
+    return target.lower() in class_name.lower()
+
+
+def shards_ignored(layer: ServedLayer, ignore: Sequence[str]) -> list[str]:
+    """The shards that ``ignore`` names. vLLM refuses a layer of which it names some and not all."""
+    if layer.name in ignore:
+        return list(layer.shards)
+    return [shard for shard in layer.shards if any(name_matches(shard, target) for target in ignore)]
+
+
+def target_found(
+    layer: ServedLayer, targets: Sequence[str], *, fused_before_class: bool = True
+) -> str | None:
+    """The first of ``targets`` that vLLM finds for a layer: by its name, by the names of all its shards, by its class.
+
+    Args:
+        layer: which is not ignored.
+        targets: of all groups, in their order.
+        fused_before_class: False: its class comes before its shards, as in vLLM before July 2026.
+    """
+    by_name = next((target for target in targets if name_matches(layer.name, target)), None)
+    by_class = next((target for target in targets if class_matches(layer.class_name, target)), None)
+    by_shards = None
+    if len(layer.shards) > 1:
+        each = [
+            next((target for target in targets if name_matches(shard, target)), None)
+            for shard in layer.shards
+        ]
+        by_shards = each[0] if all(each) else None
+    rest = (by_shards, by_class) if fused_before_class else (by_class, by_shards)
+    return by_name or rest[0] or rest[1]
