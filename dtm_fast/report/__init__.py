@@ -11,7 +11,9 @@ __all__ = ["write_report"]
 
 
 def write_report(directory: RunDirectory) -> list[Path]:
-    """Writes ``report.html``, ``heatmap.png`` and, where joint configurations were measured, ``curve.png``.
+    """Writes ``report.html``; ``heatmap.png`` of components alone and ``curve.png`` of a growing joint configuration.
+
+    The pictures are written where there is something on them.
 
     Args:
         directory: a run, finished or not.
@@ -20,7 +22,7 @@ def write_report(directory: RunDirectory) -> list[Path]:
         The paths of the files written.
 
     Raises:
-        RunError: there is nothing to report yet, or a file of the run is not what it should be.
+        InputError: there is nothing to report yet, or a file of the run is not what it should be; the message names it.
     """
     content = read_content(directory)
     written = [directory.write_text("report.html", page(content))]

@@ -1,62 +1,21 @@
-"""What a report says, gathered from run.json, plan.json and the journal; nothing is drawn here."""
+"""What a report says, gathered from run.json, plan.json, the journal and what else is there; nothing is drawn here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from dtm_fast.compression import configuration_identity
+from dtm_fast.compression import Configuration, configuration_identity, configuration_to_json, effective_bits
 from dtm_fast.errors import RunError
-from dtm_fast.measure import EXTRA_METRICS, Floor, Measurement
-from dtm_fast.plan import RANKINGS, Plan, in_order, rank
+from dtm_fast.measure import EXTRA_METRICS, Measurement
+from dtm_fast.measure.racing import standing
+from dtm_fast.plan import RANKINGS, Plan, rank
+from dtm_fast.plan.ranking import mean_of
+from dtm_fast.report.comparison import Comparison
+from dtm_fast.report.losses import Training, read_trainings
+from dtm_fast.report.searches import Beam, InOrder, Joint, Rounds, Search, read_plan
+from dtm_fast.report.setting import Setting
 from dtm_fast.runs import RunDirectory
-
-
-@dataclass(frozen=True)
-class ListedComponent:
-    """A component as run.json lists it: its path, layer, name inside the layer and number of parameters."""
-
-    path: str
-    layer: int
-    name: str
-    numel: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the run was run: run.json, typed."""
-
-    command: list[str]
-    started: str
-    model: str
-    model_type: str
-    dtype: str
-    parameters: int
-    text: str
-    probes: int
-    prefix: int
-    completion: int
-    floor: Floor
-    components: dict[str, ListedComponent]
-    machine: dict[str, Any]
-    versions: dict[str, Any]
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers that have components, in order."""
-        return sorted({component.layer for component in self.components.values()})
-
-    @property
-    def names(self) -> list[str]:
-        """The components' names inside their layers, in module order, each once."""
-        names: list[str] = []
-        place, layer = 0, -1
-        for component in self.components.values():
-            # Where layers differ, what an earlier layer lacks goes beside its neighbour in its own layer.
-            place, layer = (place, layer) if component.layer == layer else (0, component.layer)
-            if component.name not in names:
-                names.insert(place, component.name)
-            place = names.index(component.name) + 1
-        return names
 
 
 @dataclass(frozen=True)
@@ -65,9 +24,10 @@ class Sweep:
 
     Attributes:
         treatment: the treatment's key.
-        measured: component → its measurement, in depth order; fewer than the model has if unfinished.
+        measured: component → its measurement, in depth order; fewer than the model has if unfinished. Components that
+            are treated together (``plan.units``) have one measurement.
         ranked_by: what ``ranked`` goes by.
-        ranked: the measured components, the least harmful first.
+        ranked: the first component of each measurement, the least harmful first.
     """
 
     treatment: str
@@ -79,6 +39,11 @@ class Sweep:
     def harmless(self) -> int:
         """How many components alone change no probe at all."""
         return sum(bool((m.fdt == m.completion).all()) for m in self.measured.values())
+
+    @property
+    def fused(self) -> bool:
+        """Whether some components were measured together."""
+        return len(self.ranked) < len(self.measured)
 
 
 @dataclass(frozen=True)
@@ -96,11 +61,21 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """Joint configurations under one treatment, by size; ``chosen`` is the plan's own point."""
+    """Growing joint configurations under one treatment, by size; ``chosen`` is the plan's own point."""
 
     treatment: str
     points: list[CurvePoint]
     chosen: CurvePoint | None
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One joint configuration by its size: effective bits and means over probes; None: not measured."""
+
+    bits: float
+    fdt: float
+    sdt: float | None
+    dppl: float | None
 
 
 @dataclass(frozen=True)
@@ -110,8 +85,14 @@ class Content:
     Attributes:
         setting: how the run was run.
         sweeps: one per treatment, in the order in which the run began them.
-        curves: one per treatment with joint measurements.
+        curves: one per treatment whose joint measurements grow, while no plan says otherwise.
         plan: what the search chose; None while it has not.
+        search: how that search went; None without a plan, and for a search that is not known here.
+        planned: the measurement of the plan's configuration; None where the journal has none.
+        alone: component and treatment's key → the measurement of it alone, or of what is treated with it.
+        dots: the joint configurations that were measured, for a joint search.
+        comparison: what other criteria choose; None where it was not asked.
+        trainings: recovery trainings.
         measurements: rows of the journal.
         seconds: spent measuring, all rows together.
     """
@@ -120,15 +101,22 @@ class Content:
     sweeps: list[Sweep]
     curves: list[Curve]
     plan: Plan | None
+    search: Search | None
+    planned: Measurement | None
+    alone: dict[tuple[str, str], Measurement]
+    dots: list[Dot]
+    comparison: Comparison | None
+    trainings: list[Training]
     measurements: int
     seconds: float
 
     @property
-    def planned(self) -> Curve | None:
-        """The plan's curve."""
-        if self.plan is None:
+    def planned_curve(self) -> Curve | None:
+        """The curve of a plan in order."""
+        if not isinstance(self.search, InOrder):
             return None
-        return next((curve for curve in self.curves if curve.treatment == _treatment_of(self.plan)), None)
+        treatment = self.search.treatment
+        return next((curve for curve in self.curves if curve.treatment == treatment), None)
 
     @property
     def fdt_range(self) -> tuple[float, float]:
@@ -143,61 +131,71 @@ def read_content(directory: RunDirectory) -> Content:
     """Gathers what ``directory`` holds, as far as the run got.
 
     Raises:
-        RunError: if nothing was measured yet, or run.json or plan.json is not what it should be.
+        InputError: if nothing was measured yet, or a file is not what it should be; the message names it.
     """
-    # A race measures FDT alone, and not of all: its rows are not among those of a sweep.
-    rows = [Measurement.from_json(row) for row in directory.journal if "sdt" in row]
-    stored = directory.read_json("run.json")
-    if stored is None:
-        raise RunError(f"{directory.path}: nothing to report: there is no run.json")
-    setting = _setting(directory, stored)
-    merged = _merge(rows)
-    alone = [m for m in merged if len(m.configuration) == 1]
-    joint = [m for m in merged if len(m.configuration) > 1]
-    if not alone and not joint:
-        raise RunError(f"{directory.path}: nothing to report: no component has been measured yet")
-    for measurement in (*alone, *joint):
+    setting = Setting.read(directory)
+    plan, search = None, None
+    if (directory.path / "plan.json").exists():
+        plan, search = read_plan(directory.path / "plan.json", setting)
+    journal = _Journal(directory, plan, search)
+    merged = _merge(journal)
+    for measurement in merged:
         for path in measurement.configuration:
             if path not in setting.components:
                 raise RunError(f"{directory.path}: {path} was measured, but run.json does not list it")
-    stored_plan = directory.read_json("plan.json")
-    plan = Plan.from_json(stored_plan) if stored_plan is not None else None
+    alone = _alone(merged)
+    units = {id(m) for row in alone.values() for m in row.values()}
+    joint = [m for m in merged if len(m.configuration) > 1 and id(m) not in units]
+    sweeps = _sweeps(setting, alone, search)
+    if not sweeps and not joint and plan is None:
+        raise RunError(f"{directory.path}: nothing to report: no component has been measured yet")
     return Content(
         setting=setting,
-        sweeps=_sweeps(setting, alone, plan),
-        curves=_curves(setting, merged, plan),
+        sweeps=sweeps,
+        curves=_curves(setting, merged, joint, plan, search),
         plan=plan,
-        measurements=len(rows),
-        seconds=sum(m.seconds for m in rows),
+        search=search,
+        planned=next((m for m in merged if plan is not None and m.configuration == plan.configuration), None),
+        alone={(path, key): m for key, row in alone.items() for path, m in row.items()},
+        dots=[_dot(setting, m) for m in joint] if isinstance(search, Joint) else [],
+        comparison=Comparison.read(directory, setting),
+        trainings=read_trainings(directory),
+        measurements=journal.rows,
+        seconds=journal.seconds,
     )
 
 
-def _setting(directory: RunDirectory, stored: Mapping[str, Any]) -> Setting:
-    try:
-        model, probes = stored["model"], stored["probes"]
-        return Setting(
-            command=list(stored["command"]),
-            started=stored["started"],
-            model=model["name"],
-            model_type=model["type"],
-            dtype=model["dtype"],
-            parameters=model["parameters"],
-            text=probes["text"],
-            probes=probes["count"],
-            prefix=probes["prefix"],
-            completion=probes["completion"],
-            floor=Floor(**stored["floor"]),
-            components={c["path"]: ListedComponent(**c) for c in stored["components"]},
-            machine=dict(stored["machine"]),
-            versions=dict(stored["versions"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{directory.path / 'run.json'}: not of a run of dtm_fast: {error!r}") from error
+class _Journal:
+    """The rows of a journal that a report needs; all are counted.
+
+    A beam's extensions may be a hundred thousand, and its plan has their best; rows of FDT alone belong to races and
+    refinements, of which only a joint search's front shows anything.
+    """
+
+    def __init__(self, directory: RunDirectory, plan: Plan | None, search: Search | None) -> None:
+        self._directory = directory
+        self._planned = None if plan is None else configuration_to_json(plan.configuration)
+        self._search = search
+        self.rows = 0
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Measurement]:
+        for row in self._directory.journal:
+            self.rows += 1
+            self.seconds += row["seconds"]
+            if self._is_needed(row):
+                yield Measurement.from_json(row)
+
+    def _is_needed(self, row: Mapping[str, Any]) -> bool:
+        stored = row["configuration"]
+        if len(_modules(stored)) == 1 or stored == self._planned or isinstance(self._search, Joint):
+            return True
+        return "sdt" in row and not isinstance(self._search, (Rounds, Beam))
 
 
-def _treatment_of(plan: Plan) -> str | None:
-    """The treatment of a plan that converts components in order; the others' are many."""
-    return str(plan.how["treatment"]) if plan.search == in_order.SEARCH else None
+def _modules(paths: Iterable[str]) -> set[str]:
+    """The attention or MLP modules that components are parts of."""
+    return {path.rpartition(".")[0] for path in paths}
 
 
 def _merge(rows: Iterable[Measurement]) -> list[Measurement]:
@@ -206,69 +204,129 @@ def _merge(rows: Iterable[Measurement]) -> list[Measurement]:
     for row in rows:
         identity = configuration_identity(row.configuration)
         if (known := merged.get(identity)) is not None:
-            kept = {name: getattr(known, name) for name in EXTRA_METRICS if getattr(row, name) is None}
+            names = ("sdt", *EXTRA_METRICS)
+            kept: dict[str, Any] = {
+                name: getattr(known, name) for name in names if getattr(row, name) is None
+            }
             row = replace(row, **kept)
         merged[identity] = row
     return list(merged.values())
 
 
-def _sweeps(setting: Setting, alone: Iterable[Measurement], plan: Plan | None) -> list[Sweep]:
+def _alone(merged: Sequence[Measurement]) -> dict[str, dict[str, Measurement]]:
+    """Treatment → component → the measurement of it alone, or of what a search treats with it.
+
+    What is treated together lies in one module and was never measured in parts.
+    """
     found: dict[str, dict[str, Measurement]] = {}
-    for measurement in alone:
-        ((path, treatment),) = measurement.configuration.items()
-        found.setdefault(treatment.key, {})[path] = measurement
+    for measurement in sorted(merged, key=lambda each: len(each.configuration)):
+        paths = measurement.configuration
+        keys = {treatment.key for treatment in paths.values()}
+        if len(keys) != 1 or len(_modules(paths)) != 1:
+            continue
+        row = found.setdefault(keys.pop(), {})
+        if not any(path in row for path in paths):
+            row |= dict.fromkeys(paths, measurement)
+    return found
+
+
+def _sweeps(
+    setting: Setting, alone: Mapping[str, Mapping[str, Measurement]], search: Search | None
+) -> list[Sweep]:
     sweeps = []
-    for treatment_key, unordered in found.items():
-        measured = {path: unordered[path] for path in setting.components if path in unordered}
-        by = "fdt75"
-        if plan is not None and _treatment_of(plan) == treatment_key:
-            by = plan.how["ranked_by"]
+    for key, found in alone.items():
+        measured = {path: found[path] for path in setting.components if path in found}
+        if len(measured) < len(setting.components):
+            # A race and a round measure FDT alone, and not every component under the same treatment.
+            measured = {path: m for path, m in measured.items() if m.sdt is not None}
+        if not measured:
+            continue
+        # Of components that were measured together the first in depth order stands for all.
+        firsts = {id(m): path for path, m in reversed(measured.items())}
+        units = {path: measured[path] for path in firsts.values()}
+        by = search.ranked_by if isinstance(search, InOrder) and search.treatment == key else "fdt75"
         needed = RANKINGS.get(by)
-        if by not in RANKINGS or any(needed and getattr(m, needed) is None for m in measured.values()):
+        if by not in RANKINGS or any(needed and getattr(m, needed) is None for m in units.values()):
             by = "fdt75"
-        sweeps.append(Sweep(treatment_key, measured, by, rank(measured, by)))
+        sweeps.append(Sweep(key, measured, by, _ranked(units, by)))
     return sweeps
 
 
-def _curves(setting: Setting, merged: Iterable[Measurement], plan: Plan | None) -> list[Curve]:
-    total = sum(component.numel for component in setting.components.values())
-    found: dict[str, list[CurvePoint]] = {}
-    chosen = None
-    for measurement in merged:
-        paths = list(measurement.configuration)
+def _ranked(measured: Mapping[str, Measurement], by: str) -> list[str]:
+    if all(m.sdt is not None for m in measured.values()):
+        return rank(measured, by)
+    # As rank, but for SDT, which decides last.
+    places = {path: [-each for each in standing(m.fdt)] for path, m in measured.items()}
+    return sorted(measured, key=lambda path: (places[path], path))
+
+
+def _curves(
+    setting: Setting,
+    merged: Iterable[Measurement],
+    joint: Sequence[Measurement],
+    plan: Plan | None,
+    search: Search | None,
+) -> list[Curve]:
+    if plan is not None and not isinstance(search, InOrder):
+        return []
+    curves = []
+    growing = _growing(joint)
+    if isinstance(search, InOrder) and plan is not None:
+        # A plan's smallest steps may be single components; other joint rows are an earlier plan's.
+        sizes = {point.components for point in plan.curve}
+        own = [m for m in merged if m.sdt is not None and _is_of(m.configuration, search, sizes)]
+        growing = {**growing, search.treatment: own}
+    for key, measurements in growing.items():
+        found = [(m, _point(setting, m)) for m in measurements]
+        found.sort(key=lambda each: (each[1].share, each[1].components))
+        chosen = [point for m, point in found if plan and plan.configuration == m.configuration]
+        if found:
+            curves.append(Curve(key, [point for _, point in found], chosen[0] if chosen else None))
+    return curves
+
+
+def _growing(joint: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """Treatment → its joint measurements, where each treats all that the one before did and more."""
+    found: dict[str, list[Measurement]] = {}
+    for measurement in joint:
         keys = {treatment.key for treatment in measurement.configuration.values()}
-        if len(keys) != 1:
-            continue
-        (key,) = keys
-        if plan is not None and key == _treatment_of(plan):
-            # A plan's smallest steps may be single components; other joint rows are an earlier plan's.
-            sizes = {point.components for point in plan.curve}
-            if len(paths) not in sizes or set(paths) != set(plan.how["order"][: len(paths)]):
-                continue
-        elif len(paths) == 1:
-            continue
-        point = _point(measurement, sum(setting.components[path].numel for path in paths) / total)
-        found.setdefault(key, []).append(point)
-        if plan is not None and plan.configuration and measurement.configuration == plan.configuration:
-            chosen = point
-    return [
-        Curve(
-            treatment=key,
-            points=sorted(points, key=lambda point: (point.share, point.components)),
-            chosen=chosen if plan is not None and key == _treatment_of(plan) else None,
-        )
-        for key, points in found.items()
-    ]
+        if len(keys) == 1 and measurement.sdt is not None:
+            found.setdefault(keys.pop(), []).append(measurement)
+    for measurements in found.values():
+        measurements.sort(key=lambda each: len(each.configuration))
+    return {
+        key: measurements
+        for key, measurements in found.items()
+        if all(a.configuration.keys() < b.configuration.keys() for a, b in pairwise(measurements))
+    }
 
 
-def _point(measurement: Measurement, share: float) -> CurvePoint:
+def _is_of(configuration: Configuration, search: InOrder, sizes: set[int]) -> bool:
+    size = len(configuration)
+    return (
+        size in sizes
+        and {treatment.key for treatment in configuration.values()} == {search.treatment}
+        and configuration.keys() == set(search.order[:size])
+    )
+
+
+def _point(setting: Setting, measurement: Measurement) -> CurvePoint:
     fdt = measurement.summary("fdt")
     return CurvePoint(
         components=len(measurement.configuration),
-        share=share,
+        share=sum(setting.components[path].numel for path in measurement.configuration) / setting.weights,
         fdt75=fdt.p75,
         fdt=fdt.mean,
         fdt_interval=fdt.mean_interval,
         sdt=measurement.summary("sdt").mean,
         dppl=measurement.summary("dppl").mean if measurement.dppl is not None else None,
+    )
+
+
+def _dot(setting: Setting, measurement: Measurement) -> Dot:
+    return Dot(
+        bits=effective_bits(setting.shapes, measurement.configuration),
+        fdt=mean_of(measurement, "fdt"),
+        sdt=None if measurement.sdt is None else mean_of(measurement, "sdt"),
+        dppl=None if measurement.dppl is None else mean_of(measurement, "dppl"),
     )

@@ -1,4 +1,4 @@
-"""The interactive figures of the page, by Plotly."""
+"""The figures of what was measured: components alone, and growing joint configurations."""
 
 from html import escape
 from typing import Any
@@ -6,79 +6,47 @@ from typing import Any
 import plotly.graph_objects as go
 
 from dtm_fast.measure import Measurement
-from dtm_fast.report.content import Content, Curve, ListedComponent, Sweep
-from dtm_fast.report.wording import interval, number
-
-INK = "#1f2933"
-GRID = "#e3e7ec"
-ABSENT = "#d5dae0"
-# Okabe-Ito colours, told apart by all common kinds of colour vision.
-LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
-_ROW_HEIGHT = 27
+from dtm_fast.report.content import Content, Curve, Sweep
+from dtm_fast.report.layout import (
+    HOVER,
+    LINES,
+    add_blank,
+    add_diamond,
+    colour_bar,
+    curve_layout,
+    finish_grid,
+    on_grid,
+)
+from dtm_fast.report.setting import ListedComponent
+from dtm_fast.report.wording import interval, measured_lines, measured_with, number
 
 
 def heat_map(content: Content, sweep: Sweep) -> go.Figure:
     """Layer × component, coloured by mean FDT; a component not measured stays white, one not there grey."""
     setting = content.setting
-    layers, names = setting.layers, setting.names
-    at = {(c.name, c.layer): c for c in setting.components.values()}
-    colour: list[list[float | None]] = []
-    texts: list[list[str]] = []
-    waiting: list[list[int | None]] = []
-    for name in names:
-        row = [at.get((name, layer)) for layer in layers]
-        found = [sweep.measured.get(c.path) if c else None for c in row]
-        colour.append([m.summary("fdt").mean if m else None for m in found])
-        waiting.append([0 if c and not m else None for c, m in zip(row, found, strict=True)])
-        texts.append([_hover(content, c, m) if c else "" for c, m in zip(row, found, strict=True)])
     low, high = content.fdt_range
-    # Plotly reads a small HTML of its own in every text, so names from the model are escaped here too.
-    common = {
-        "x": layers,
-        "y": [escape(name) for name in names],
-        "text": texts,
-        "hovertemplate": "%{text}<extra></extra>",
-        "hoverongaps": False,
-        "xgap": 2,
-        "ygap": 2,
-    }
-    scale = go.Heatmap(
-        z=colour,
+    found = [[sweep.measured.get(c.path) if c else None for c in row] for row in setting.grid]
+    texts = [
+        [_hover(content, c, sweep.measured.get(c.path)) if c else "" for c in row] for row in setting.grid
+    ]
+    waiting = [[c is not None and c.path not in sweep.measured for c in row] for row in setting.grid]
+    figure = go.Figure()
+    add_blank(figure, setting, waiting, texts)
+    # Both ends are named: the upper one is the ceiling.
+    ticks = [low + step * (high - low) / 4 for step in range(5)]
+    figure.add_heatmap(
+        z=[[m.summary("fdt").mean if m else None for m in row] for row in found],
         zmin=low,
         zmax=high,
         colorscale="Viridis",
-        colorbar={
-            "orientation": "h",
-            "title": {"text": "mean FDT, tokens (higher: less harm)", "side": "top", "font": {"size": 12}},
-            "x": 0,
-            "xanchor": "left",
-            "xref": "paper",
-            "y": 1.0,
-            "yanchor": "bottom",
-            "len": 1,
-            "thickness": 12,
-            "ypad": 8,
-            "xpad": 0,
-            "outlinewidth": 0,
-            # Both ends are named: the upper one is the ceiling.
-            "tickvals": [low + step * (high - low) / 4 for step in range(5)],
-            "ticktext": [number(round(low + step * (high - low) / 4, 1)) for step in range(5)],
-        },
-        **common,
+        colorbar=colour_bar(
+            "mean FDT, tokens (higher: less harm)", ticks, [number(round(tick, 1)) for tick in ticks]
+        ),
+        text=texts,
+        hovertemplate=HOVER,
+        **on_grid(setting),
     )
-    blank = go.Heatmap(z=waiting, colorscale=[[0, "#ffffff"], [1, "#ffffff"]], showscale=False, **common)
-    figure = go.Figure([blank, scale])
-    figure.update_layout(
-        **_layout(),
-        height=_ROW_HEIGHT * len(names) + 104,
-        margin={"l": 8, "r": 16, "t": 10, "b": 44},
-        plot_bgcolor=ABSENT,
-    )
-    figure.update_xaxes(title="layer", showgrid=False, zeroline=False, ticks="", tickangle=0)
-    figure.update_yaxes(type="category", autorange="reversed", dtick=1, showgrid=False, automargin=True)
-    # The names stay off the cells.
-    figure.update_yaxes(ticks="", ticklabelstandoff=6)
+    finish_grid(figure, setting, above=60)
     return figure
 
 
@@ -101,7 +69,7 @@ def fdt_curve(content: Content) -> go.Figure:
         ends = [interval(point.fdt_interval) for point in curve.points]
         _add_line(figure, content, curve, "mean FDT", [p.fdt for p in curve.points], line, "dot", ends)
         _add_line(figure, content, curve, "FDT<sub>75</sub>", [p.fdt75 for p in curve.points], line, "solid")
-    figure.update_layout(**_curve_layout(), showlegend=True)
+    figure.update_layout(**_layout(), showlegend=True)
     figure.update_yaxes(range=[0, content.setting.completion * 1.06])
     return figure
 
@@ -111,7 +79,7 @@ def sdt_curve(content: Content) -> go.Figure:
     figure = go.Figure()
     for curve, line in zip(content.curves, _colours(content.curves), strict=True):
         _add_line(figure, content, curve, "SDT", [p.sdt for p in curve.points], line, "solid")
-    figure.update_layout(**_curve_layout(), showlegend=len(content.curves) > 1)
+    figure.update_layout(**_layout(), showlegend=len(content.curves) > 1)
     figure.update_yaxes(rangemode="tozero")
     return figure
 
@@ -121,7 +89,7 @@ def dppl_curve(content: Content) -> go.Figure:
     figure = go.Figure()
     for curve, line in zip(content.curves, _colours(content.curves), strict=True):
         _add_line(figure, content, curve, "DPPL", [p.dppl for p in curve.points], line, "solid")
-    figure.update_layout(**_curve_layout(), showlegend=len(content.curves) > 1)
+    figure.update_layout(**_layout(), showlegend=len(content.curves) > 1)
     return figure
 
 
@@ -147,7 +115,7 @@ def _add_line(
         x=[100 * point.share for point in curve.points],
         y=values,
         text=texts,
-        hovertemplate="%{text}<extra></extra>",
+        hovertemplate=HOVER,
         mode="lines+markers",
         name=label,
         line={"color": colour, "dash": dash, "width": 2},
@@ -155,22 +123,7 @@ def _add_line(
     )
     if curve.chosen is not None:
         place = curve.points.index(curve.chosen)
-        figure.add_scatter(
-            x=[100 * curve.chosen.share],
-            y=[values[place]],
-            text=[f"<b>the plan</b><br>{texts[place]}"],
-            hovertemplate="%{text}<extra></extra>",
-            mode="markers",
-            name="the plan",
-            showlegend=False,
-            cliponaxis=False,
-            marker={
-                "size": 14,
-                "symbol": "diamond",
-                "color": "#ffffff",
-                "line": {"color": INK, "width": 2.5},
-            },
-        )
+        add_diamond(figure, 100 * curve.chosen.share, values[place], texts[place])
 
 
 def _hover(content: Content, component: ListedComponent, measurement: Measurement | None) -> str:
@@ -178,18 +131,10 @@ def _hover(content: Content, component: ListedComponent, measurement: Measuremen
     if measurement is None:
         lines.append("not measured yet")
     else:
-        fdt = measurement.summary("fdt")
-        ties = int(measurement.ties(content.setting.floor.margin).sum())
-        lines += [
-            f"FDT<sub>75</sub> {number(fdt.p75)} of {measurement.completion} tokens",
-            f"mean FDT {number(fdt.mean)} (95% interval {interval(fdt.mean_interval)})",
-            f"SDT {number(measurement.summary('sdt').mean)}",
-        ]
-        if measurement.dppl is not None:
-            lines.append(f"DPPL {number(measurement.summary('dppl').mean)}")
-        lines.append(f"ties inside the floor: {ties} of {len(measurement.fdt)} probes")
-    lines.append(f"{component.numel:,} parameters")
-    return "<br>".join(lines)
+        if others := measured_with(component, measurement):
+            lines.append(f"together with {escape(others)}")
+        lines += measured_lines(content, measurement)
+    return "<br>".join([*lines, f"{component.numel:,} parameters"])
 
 
 def _colours(curves: list[Curve]) -> list[str]:
@@ -197,37 +142,4 @@ def _colours(curves: list[Curve]) -> list[str]:
 
 
 def _layout() -> dict[str, Any]:
-    return {
-        # Plotly's default template is 7 KB in every figure.
-        "template": "none",
-        "autosize": True,
-        "font": {"family": FONT, "size": 12, "color": INK},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "hoverlabel": {
-            "align": "left",
-            "bgcolor": "#ffffff",
-            "bordercolor": INK,
-            "font": {"family": FONT, "color": INK, "size": 12},
-        },
-        # A finger that scrolls the page must not draw a zoom box.
-        "dragmode": False,
-    }
-
-
-def _curve_layout() -> dict[str, Any]:
-    axis = {
-        "gridcolor": GRID,
-        "zeroline": False,
-        "automargin": True,
-        "linecolor": "#9aa5b1",
-        "showline": True,
-    }
-    return {
-        **_layout(),
-        "height": 290,
-        "margin": {"l": 8, "r": 14, "t": 34, "b": 44},
-        "plot_bgcolor": "#ffffff",
-        "xaxis": {**axis, "title": "share of parameters converted", "ticksuffix": "%", "range": [0, 103]},
-        "yaxis": axis,
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-    }
+    return curve_layout("share of parameters converted", ticksuffix="%", range=[0, 103])

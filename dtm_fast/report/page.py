@@ -1,17 +1,21 @@
 """The page: one HTML file with everything in it, which asks nothing of any network."""
 
-from collections.abc import Iterable
 from html import escape
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from dtm_fast.report.baselines import baselines_section
 from dtm_fast.report.content import Content, Sweep
+from dtm_fast.report.elements import folded, small_figure, wide_figure
 from dtm_fast.report.figures import dppl_curve, fdt_curve, heat_map, sdt_curve
+from dtm_fast.report.headlines import headline, tiles
+from dtm_fast.report.plan_map import map_section
+from dtm_fast.report.progress import progress_section
 from dtm_fast.report.prose import how_it_was_run, meanings
+from dtm_fast.report.recovery import recovery_section
 from dtm_fast.report.style import STYLE
 from dtm_fast.report.tables import curve_table, sweep_table
-from dtm_fast.report.wording import RANKING_NAMES, floor_sentence, headline, interval, markup, number
+from dtm_fast.report.wording import RANKING_NAMES, counted, floor_sentence, listed, markup, number
 
 # The browser itself refuses whatever is not in this file.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -25,15 +29,20 @@ for (const place of document.querySelectorAll(".figure")) {
 
 
 def page(content: Content) -> str:
-    """The whole of ``report.html``."""
+    """The whole of ``report.html``: what came out first, then what it comes from."""
     model = escape(content.setting.model)
     sections = [
         _top(content),
-        *(_sweep(content, sweep, place) for place, sweep in enumerate(content.sweeps)),
+        map_section(content),
+        progress_section(content),
         _curves(content),
+        baselines_section(content),
+        recovery_section(content),
+        *(_sweep(content, sweep, place) for place, sweep in enumerate(content.sweeps)),
         meanings(content),
         how_it_was_run(content),
     ]
+    picture = "heatmap.png lies beside this file, and " if content.sweeps else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -47,7 +56,7 @@ def page(content: Content) -> str:
 <body>
 <main>
 <header><p>dtm-fast report</p><h1>{model}</h1></header>
-<noscript><p>The figures need JavaScript; heatmap.png lies beside this file, and the tables need none.</p></noscript>
+<noscript><p>The figures need JavaScript; {picture}the tables need none.</p></noscript>
 {"".join(sections)}
 </main>
 <script>{_DRAW}</script>
@@ -58,32 +67,16 @@ def page(content: Content) -> str:
 
 def _top(content: Content) -> str:
     paragraphs = "".join(f'<p class="headline">{markup(text)}</p>' for text in headline(content))
-    tiles = "".join(
+    numbers = "".join(
         f"<div><dt>{markup(name)}</dt><dd>{markup(value)}<small>{markup(more)}</small></dd></div>"
-        for name, value, more in _tiles(content)
+        for name, value, more in tiles(content)
     )
     return f"""<section aria-label="result">
 {paragraphs}
-<dl class="tiles">{tiles}</dl>
+<dl class="tiles">{numbers}</dl>
 <p class="note floor"><b>Floor.</b> {markup(floor_sentence(content.setting.floor))}</p>
 </section>
 """
-
-
-def _tiles(content: Content) -> Iterable[tuple[str, str, str]]:
-    setting, curve = content.setting, content.planned
-    total = len(setting.components)
-    if curve is not None and curve.chosen is not None:
-        point = curve.chosen
-        yield "converted", f"{point.components} of {total}", f"{point.share:.0%} of their parameters"
-        yield "FDT_75", number(point.fdt75), f"of {setting.completion} tokens"
-        yield "mean FDT", number(point.fdt), f"95% interval {interval(point.fdt_interval)}"
-        yield "SDT", number(point.sdt), f"divergent tokens of {setting.completion}"
-    else:
-        for sweep in content.sweeps:
-            done = f"{len(sweep.measured)} of {total}"
-            yield f"{sweep.treatment}, alone", done, f"measured; {sweep.harmless} change no text"
-    yield "measured on", f"{setting.probes} probes", f"of {setting.prefix} + {setting.completion} tokens"
 
 
 def _sweep(content: Content, sweep: Sweep, place: int) -> str:
@@ -93,25 +86,25 @@ def _sweep(content: Content, sweep: Sweep, place: int) -> str:
         f"Mean FDT over {setting.probes} probes, on a scale from {number(low)} to its ceiling of {number(high)} "
         "tokens. Point at a cell for its numbers."
     )
+    if sweep.fused:
+        note += " Components that are treated together were measured together and show the same."
     keys = ""
     if len(sweep.measured) < len(setting.components):
         keys += ' <span class="swatch"></span> not measured yet.'
     if len(setting.components) < len(setting.names) * len(setting.layers):
         keys += ' <span class="swatch absent"></span> no such component in that layer.'
-    described = escape(
+    described = (
         f"Heat map of the mean FDT of each component alone under {sweep.treatment}, in the table below"
     )
+    width = 130 + 6 * len(setting.layers)
+    drawn = wide_figure(heat_map(content, sweep), f"heat-map-{place}", described, width)
+    measured = counted(len(sweep.ranked), "measured set" if sweep.fused else "measured component")
+    ranking = f"Ranked by {RANKING_NAMES.get(sweep.ranked_by, sweep.ranked_by)}."
+    inside = folded(f"All {measured}, the least harmful first", sweep_table(content, sweep), ranking)
     return f"""<section>
 <h2>Each component alone in {markup(sweep.treatment)}</h2>
 <p class="note">{markup(note)}{keys}</p>
-<figure role="img" aria-label="{described}"><div class="scroll">
-<div style="min-width:{130 + 6 * len(setting.layers)}px">{_figure(heat_map(content, sweep), f"heat-map-{place}")}</div>
-</div></figure>
-<details><summary>All {len(sweep.measured)} measured components, the least harmful first</summary>
-<p class="note">Ranked by {markup(RANKING_NAMES.get(sweep.ranked_by, sweep.ranked_by))}.</p>
-<div class="scroll">{sweep_table(content, sweep)}</div>
-</details>
-</section>
+{drawn}{inside}</section>
 """
 
 
@@ -120,7 +113,7 @@ def _curves(content: Content) -> str:
         return ""
     n = content.setting.completion
     note = "Each dot is one joint measurement"
-    if content.planned is not None:
+    if content.planned_curve is not None:
         note += "; the least harmful components come first"
     note += ", and the diamond is the plan." if any(curve.chosen for curve in content.curves) else "."
     drawn = [("FDT", f"tokens before the first divergence, at most {n}", fdt_curve(content))]
@@ -128,26 +121,15 @@ def _curves(content: Content) -> str:
     if any(point.dppl is not None for curve in content.curves for point in curve.points):
         drawn.append(("DPPL", "perplexity of the base's text, mean", dppl_curve(content)))
     figures = "".join(
-        f'<figure role="img" aria-label="{name} over the share of parameters converted">'
-        f'<figcaption>{name} <span class="note">{escape(unit)}</span></figcaption>'
-        f"{_figure(figure, f'curve-{name.lower()}')}</figure>"
+        small_figure(
+            figure, f"curve-{name.lower()}", name, unit, f"{name} over the share of parameters converted"
+        )
         for name, unit, figure in drawn
     )
-    treatments = " and ".join(curve.treatment for curve in content.curves)
+    treatments = listed([curve.treatment for curve in content.curves])
     return f"""<section>
 <h2>Converted together to {markup(treatments)}</h2>
 <p class="note">{markup(note)}</p>
 <div class="curves">{figures}</div>
-<details><summary>These measurements as a table</summary><div class="scroll">{curve_table(content)}</div></details>
-</section>
+{folded("These measurements as a table", curve_table(content))}</section>
 """
-
-
-def _figure(figure: go.Figure, identity: str) -> str:
-    """The figure's place and its data; ``_DRAW`` draws it."""
-    height = figure.layout.height
-    return (
-        f'<div class="figure" id="{identity}" style="height:{height}px"></div>'
-        # Plotly writes "<" inside its JSON as an escape, so that no text can end the script element.
-        f'<script type="application/json">{figure.to_json()}</script>'
-    )

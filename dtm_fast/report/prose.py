@@ -2,9 +2,9 @@
 
 import shlex
 
-from dtm_fast.plan import in_order
 from dtm_fast.report.content import Content
-from dtm_fast.report.wording import RANKING_NAMES, duration, facts, markup
+from dtm_fast.report.searches import Beam, InOrder, Joint, Rounds
+from dtm_fast.report.wording import RANKING_NAMES, counted, duration, facts, listed, markup, number, percent
 
 
 def meanings(content: Content) -> str:
@@ -26,6 +26,13 @@ def meanings(content: Content) -> str:
         "ties": "Probes whose first divergence was decided by no more than the floor's margin: rounding alone "
         "could do it.",
     }
+    if content.plan is not None or content.comparison is not None:
+        words["effective bits"] = (
+            "What a weight of a component takes on average, scales and masks included; 16 where nothing is treated. "
+            "Embeddings, norms and the head are not counted."
+        )
+    if isinstance(content.search, Rounds):
+        words["mean sparsity"] = "The share of all components' weights that is dropped."
     return _definitions("What the numbers mean", "words", words)
 
 
@@ -43,7 +50,7 @@ def how_it_was_run(content: Content) -> str:
         "model": f"{setting.model} · {setting.model_type} · {setting.parameters:,} parameters · {setting.dtype}",
         "probes": f"{setting.probes} from {setting.text}, {setting.prefix} tokens of prefix and "
         f"{setting.completion} of completion, batch size {floor.batch_size}; {corrected}",
-        "plan": _stop(content),
+        "plan": _plan(content),
         "measured": f"{content.measurements} measurements in {duration(content.seconds)} of measuring",
         "machine": facts(setting.machine),
         "versions": facts(setting.versions),
@@ -51,16 +58,34 @@ def how_it_was_run(content: Content) -> str:
     return _definitions("How it was run", "how", rows)
 
 
-def _stop(content: Content) -> str:
+def _plan(content: Content) -> str:
+    search = content.search
     if content.plan is None:
         return "not written yet"
-    if content.plan.search != in_order.SEARCH:
-        return content.plan.search
-    stop = content.plan.how["stop"]
-    asked = {"components": stop["components"], "share": stop["share"], "least FDT_75": stop["min_fdt"]}
-    given = ", ".join(f"{name} {value:g}" for name, value in asked.items() if value is not None)
-    ranking = RANKING_NAMES.get(content.plan.how["ranked_by"], content.plan.how["ranked_by"])
-    return f"in order of {ranking}; stop: {given or 'none, all components'}"
+    if isinstance(search, InOrder):
+        asked = {"components": search.components, "share": search.share, "least FDT_75": search.min_fdt}
+        given = ", ".join(f"{name} {value:g}" for name, value in asked.items() if value is not None)
+        return f"in order of {_ranking(search.ranked_by)}; stop: {given or 'none, all components'}"
+    if isinstance(search, Rounds):
+        added = ", ".join(map(percent, search.steps))
+        return f"{counted(len(search.steps), 'pruning round')}, which add {added} to the mean sparsity"
+    if isinstance(search, Beam):
+        looked_at = "all" if search.among is None else f"the {search.among} least harmful alone"
+        return (
+            f"beam of width {search.width} by {_ranking(search.by)}, to depth {len(content.plan.curve)}; "
+            f"{listed(search.treatments)} of {counted(search.units, 'unit')}, {looked_at} at each depth"
+        )
+    if isinstance(search, Joint):
+        budgets = listed([number(budget) for budget in search.budgets])
+        return (
+            f"joint search of {listed(search.treatments)} for {counted(search.units, 'unit')} within {budgets} "
+            f"effective bits a weight, {counted(search.refinements, 'refinement')} each"
+        )
+    return content.plan.search
+
+
+def _ranking(by: str) -> str:
+    return RANKING_NAMES.get(by, by)
 
 
 def _definitions(title: str, kind: str, rows: dict[str, str]) -> str:

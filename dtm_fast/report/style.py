@@ -1,6 +1,6 @@
 """The page's style sheet: light, no fonts or pictures from elsewhere, from 390 px up."""
 
-from dtm_fast.report.figures import ABSENT, FONT, INK
+from dtm_fast.report.layout import ABSENT, FONT, INK
 
 STYLE = f"""
 :root {{ color-scheme: light; }}
@@ -31,7 +31,9 @@ figcaption .note {{ display: block; font-weight: 400; margin: 0; }}
 .curves {{ margin-top: 12px; }}
 .curves figure {{ min-width: 0; }}
 .swatch {{ display: inline-block; width: 0.9em; height: 0.9em; vertical-align: -0.1em; }}
-.swatch {{ border: 1px solid #9aa5b1; }}
+.swatch {{ border: 1px solid #9aa5b1; print-color-adjust: exact; }}
+.keys {{ margin: 0 0 4px; display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.9rem; }}
+.keys .swatch {{ width: 1.5em; height: 1.5em; line-height: 1.4em; text-align: center; vertical-align: middle; }}
 .absent {{ background: {ABSENT}; }}
 details {{ margin-top: 10px; }}
 summary {{ cursor: pointer; color: #0b5394; padding: 4px 0; }}

@@ -1,14 +1,21 @@
-"""How a report writes its numbers and its main result."""
+"""How a report writes its numbers and names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dtm_fast.measure import Floor
-from dtm_fast.report.content import Content, Curve, CurvePoint, Sweep
+from dtm_fast.measure import Floor, Measurement
+from dtm_fast.report.content import Content
+from dtm_fast.report.setting import ListedComponent
 
-RANKING_NAMES = {"fdt75": "FDT_75", "dppl": "DPPL", "perplexity": "perplexity"}
-METRIC_NAMES = {"dppl": "DPPL", "perplexity": "perplexity", "agreement": "same top p", "kl": "KL"}
+RANKING_NAMES = {"fdt75": "FDT_75", "dppl": "DPPL", "perplexity": "perplexity", "kl": "KL"}
+METRIC_NAMES = {
+    "sdt": "SDT",
+    "dppl": "DPPL",
+    "perplexity": "perplexity",
+    "agreement": "same top p",
+    "kl": "KL",
+}
 
 
 def markup(text: str) -> str:
@@ -17,13 +24,35 @@ def markup(text: str) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits: with fewer, a mean just below N would read as N."""
-    return f"{value:.4g}"
+    """Four significant digits, or all of a large number: with fewer, a mean just below N would read as N."""
+    # A model that is pruned too far has a DPPL of any size.
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+
+
+def percent(share: float) -> str:
+    """``7.25%``, of a share in 0 … 1."""
+    return f"{100 * share:.3g}%"
 
 
 def interval(ends: tuple[float, float]) -> str:
     """``12.5 to 31``."""
     return f"{number(ends[0])} to {number(ends[1])}"
+
+
+def counted(count: int, name: str) -> str:
+    """``1 round``, ``8 rounds``."""
+    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def together(paths: Collection[str]) -> str:
+    """One component's path; of several in one module ``model.layers.3.self_attn.k_proj, q_proj, v_proj``."""
+    first, *others = paths
+    return ", ".join([first, *(path.rpartition(".")[2] for path in others)])
 
 
 def duration(seconds: float) -> str:
@@ -63,64 +92,21 @@ def floor_sentence(floor: Floor) -> str:
     )
 
 
-def headline(content: Content) -> list[str]:
-    """The main result: a paragraph, or one for each treatment while there is no plan."""
-    plan, curve = content.plan, content.planned
-    if plan is not None and not plan.configuration:
-        minimum = plan.how.get("stop", {}).get("min_fdt")
-        asked = f" with FDT_75 ≥ {number(minimum)}" if minimum is not None else ""
-        return [f"No component can be converted{asked}: the plan is empty."]
-    if plan is not None and curve is not None and curve.chosen is not None:
-        return [_planned(content, curve)]
-    return [_swept(content, sweep) for sweep in content.sweeps] or [
-        f"{content.measurements} joint configurations measured; no plan is written yet."
+def measured_with(component: ListedComponent, measurement: Measurement) -> str:
+    """``q_proj and v_proj``: what was treated together with the component; empty where nothing was."""
+    return listed([path.rpartition(".")[2] for path in measurement.configuration if path != component.path])
+
+
+def measured_lines(content: Content, measurement: Measurement) -> list[str]:
+    """What was measured, in lines of Plotly's HTML."""
+    fdt = measurement.summary("fdt")
+    lines = [
+        f"FDT<sub>75</sub> {number(fdt.p75)} of {measurement.completion} tokens",
+        f"mean FDT {number(fdt.mean)} (95% interval {interval(fdt.mean_interval)})",
     ]
-
-
-def _planned(content: Content, curve: Curve) -> str:
-    assert content.plan is not None
-    assert curve.chosen is not None
-    point, n, minimum = curve.chosen, content.setting.completion, content.plan.how["stop"]["min_fdt"]
-    total = len(content.setting.components)
-    subject = f"All {total}" if point.components == total else f"{point.components} of {total}"
-    share = "" if point.components == total else f" ({point.share:.0%} of their parameters)"
-    if minimum is not None:
-        return (
-            f"{subject} components{share} can be converted to {curve.treatment} with FDT_75 ≥ {number(minimum)}: "
-            f"FDT_75 is then {number(point.fdt75)} of {n} tokens, the mean FDT {number(point.fdt)}."
-        )
-    result = (
-        f"With {subject[0].lower() + subject[1:]} components{share} converted to {curve.treatment}, FDT_75 is "
-        f"{number(point.fdt75)} of {n} tokens and the mean FDT {number(point.fdt)}."
-    )
-    ceiling = _last_at_ceiling(curve, n)
-    if ceiling is not None and ceiling.components < point.components:
-        result += (
-            f" Up to {ceiling.components} components ({ceiling.share:.0%} of their parameters)"
-            f" FDT_75 stays at its ceiling of {n}."
-        )
-    return result
-
-
-def _last_at_ceiling(curve: Curve, n: int) -> CurvePoint | None:
-    last = None
-    for point in curve.points:
-        if point.fdt75 < n:
-            break
-        last = point
-    return last
-
-
-def _swept(content: Content, sweep: Sweep) -> str:
-    total, done = len(content.setting.components), len(sweep.measured)
-    begun = (
-        f"All {total} components are" if done == total else f"Unfinished: {done} of {total} components are"
-    )
-    worst = sweep.ranked[-1]
-    fdt = sweep.measured[worst].summary("fdt")
-    if sweep.harmless == done:
-        return f"{begun} measured alone under {sweep.treatment}; none changes any of the texts."
-    return (
-        f"{begun} measured alone under {sweep.treatment}; {sweep.harmless} of them change no text, "
-        f"and {worst} harms most (mean FDT {number(fdt.mean)} of {content.setting.completion} tokens)."
-    )
+    if measurement.sdt is not None:
+        lines.append(f"SDT {number(measurement.summary('sdt').mean)}")
+    if measurement.dppl is not None:
+        lines.append(f"DPPL {number(measurement.summary('dppl').mean)}")
+    ties = int(measurement.ties(content.setting.floor.margin).sum())
+    return [*lines, f"ties inside the floor: {ties} of {len(measurement.fdt)} probes"]

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dtm_fast.compression import Configuration, Int8, Treatment, configuration_identity
+from dtm_fast.compression import Configuration, Int8, Treatment, configuration_identity, effective_bits
 from dtm_fast.measure import Measurement
 from dtm_fast.plan import Plan, Point, Stop
 from dtm_fast.runs import RunDirectory
@@ -23,7 +24,7 @@ def path_of(layer: int, name: str) -> str:
 
 def components(names: Sequence[str] = NAMES, layers: int = LAYERS) -> list[dict[str, Any]]:
     return [
-        {"path": path_of(layer, name), "layer": layer, "name": name, "numel": 100 * (place + 1)}
+        {"path": path_of(layer, name), "layer": layer, "name": name, "shape": [10, 10 * (place + 1)]}
         for layer in range(layers)
         for place, name in enumerate(names)
     ]
@@ -75,32 +76,49 @@ def fdt_of(place: int) -> list[int]:
     return [N, N - place, N - 2 * place, N]
 
 
-def _dppl(harm: int) -> torch.Tensor:
+def dppl_of(harm: float) -> torch.Tensor:
     return torch.tensor([2.0, 2.5, 3.0, 3.5], dtype=torch.float64) + harm / 8
 
 
 def sweep(directory: RunDirectory, paths: Sequence[str], treatment: Treatment) -> None:
     for place, path in enumerate(paths):
-        record(directory, measured({path: treatment}, fdt_of(place), dppl=_dppl(place)), ["dppl"])
+        record(directory, measured({path: treatment}, fdt_of(place), dppl=dppl_of(place)), ["dppl"])
+
+
+def shapes_in(directory: RunDirectory) -> dict[str, tuple[int, int]]:
+    """The shape of every component, as run.json lists them."""
+    stored = directory.read_json("run.json")
+    assert stored is not None
+    return {component["path"]: tuple(component["shape"]) for component in stored["components"]}
+
+
+def point_of(directory: RunDirectory, measurement: Measurement) -> Point:
+    """As ``Point.of``, without a model."""
+    shapes, configuration = shapes_in(directory), measurement.configuration
+    fdt = measurement.summary("fdt")
+    total = sum(map(prod, shapes.values()))
+    return Point(
+        components=len(configuration),
+        share=sum(prod(shapes[path]) for path in configuration) / total,
+        bits=effective_bits(shapes, configuration),
+        fdt75=fdt.p75,
+        fdt=fdt.mean,
+        sdt=None if measurement.sdt is None else measurement.summary("sdt").mean,
+        dppl=None if measurement.dppl is None else measurement.summary("dppl").mean,
+    )
 
 
 def write_plan(
     directory: RunDirectory, order: list[str], sizes: Sequence[int], chosen: int, **stop: Any
 ) -> None:
     """Joint int8 measurements of ``sizes`` and a plan of the first ``chosen`` of ``order``."""
-    numel = {component["path"]: component["numel"] for component in components()}
     points = {}
     for size in sizes:
         joint = measured(
-            dict.fromkeys(order[:size], Int8()), [N - size, N - 2 * size, N - size, N], dppl=_dppl(size)
+            dict.fromkeys(order[:size], Int8()), [N - size, N - 2 * size, N - size, N], dppl=dppl_of(size)
         )
         record(directory, joint, ["dppl"])
-        fdt = joint.summary("fdt")
-        share = sum(numel[path] for path in order[:size]) / sum(numel.values())
-        bits = 16 - 8 * share
-        points[size] = Point(
-            size, share, bits, fdt.p75, fdt.mean, joint.summary("sdt").mean, joint.summary("dppl").mean
-        )
+        points[size] = point_of(directory, joint)
     plan = Plan(
         configuration=dict.fromkeys(order[:chosen], Int8()),
         search="in order",

@@ -10,7 +10,7 @@ from dtm_fast.compression import Int8, Prune
 from dtm_fast.errors import InputError, RunError
 from dtm_fast.report import write_report
 from dtm_fast.report.content import read_content
-from dtm_fast.report.wording import headline
+from dtm_fast.report.headlines import headline
 from dtm_fast.runs import RunDirectory
 
 
@@ -91,7 +91,9 @@ def test_a_run_without_settings_says_so(partial: RunDirectory) -> None:
     with pytest.raises(RunError, match=r"no run\.json"):
         read_content(partial)
     partial.write_json("run.json", {"model": {"name": "x"}})
-    with pytest.raises(RunError, match=r"run\.json: not of a run of dtm_fast"):
+    with pytest.raises(
+        RunError, match=r"run\.json: not the setting of a run of dtm_fast: 'probes' is missing"
+    ):
         read_content(partial)
 
 

@@ -2,11 +2,11 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from made_run import N, make_run, sweep
+from page_text import Elements
 
 from dtm_fast.compression import Int8
 from dtm_fast.report import write_report
@@ -18,31 +18,6 @@ from dtm_fast.runs import RunDirectory
 HOSTILE = "</script><script>window.injected = true</script><img src=x onerror=injected()>$x_ \"'&"
 
 
-class Elements(HTMLParser):
-    """All elements with their attributes, and the text outside scripts and styles."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._inside = ""
-        self.feed(content)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag
-
-    def handle_data(self, data: str) -> None:
-        if self._inside not in ("script", "style"):
-            self.text += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def count(self, tag: str) -> int:
-        return sum(found == tag for found, _ in self.elements)
-
-
 def test_the_page_says_what_it_must(finished: RunDirectory) -> None:
     read = Elements(page(read_content(finished)))
     for words in (
@@ -52,6 +27,7 @@ def test_the_page_says_what_it_must(finished: RunDirectory) -> None:
         "never leaves its own text (160 positions)",
         "dtm-fast plan made-model --run 'a b'",
         "2026-01-02 03:04:05+00:00",
+        "The plan as a table: 6 treated components",
         "Made CPU",
         "avx2, avx512",
         "torch 2.6",
@@ -62,8 +38,8 @@ def test_the_page_says_what_it_must(finished: RunDirectory) -> None:
         "model.layers.3.mlp.down_proj",
     ):
         assert words in read.text, words
-    # 12 components, 3 points of the curve, and a head each.
-    assert read.count("tr") == 13 + 4
+    # 6 treated components, 3 points of the curve, 12 measured components, and a head each.
+    assert read.count("tr") == 7 + 4 + 13
 
 
 def test_nothing_is_loaded_from_elsewhere(finished: RunDirectory) -> None:
@@ -79,8 +55,8 @@ def test_nothing_is_loaded_from_elsewhere(finished: RunDirectory) -> None:
 
 def test_text_of_the_run_cannot_become_markup(tmp_path: Path) -> None:
     listed = [
-        {"path": f"model.layers.0.{HOSTILE}", "layer": 0, "name": HOSTILE, "numel": 10},
-        {"path": "model.layers.0.mlp", "layer": 0, "name": "mlp", "numel": 10},
+        {"path": f"model.layers.0.{HOSTILE}", "layer": 0, "name": HOSTILE, "shape": [2, 5]},
+        {"path": "model.layers.0.mlp", "layer": 0, "name": "mlp", "shape": [2, 5]},
     ]
     with make_run(
         tmp_path / "clean", [{**c, "name": f"n{i}", "path": f"p{i}"} for i, c in enumerate(listed)]
