@@ -1,7 +1,7 @@
 """What the command line shows a person: tables, progress bars, one-line errors."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,6 +151,20 @@ def plan_table(plan: Plan) -> Table:
             _number(p.dppl) if p.dppl is not None else "",
             chosen,
         )
+    return table
+
+
+def comparison_table(found: Mapping[str, Sequence[Measurement]], budgets: Sequence[float]) -> Table:
+    """What each criterion's choice does, for each budget."""
+    table = Table(title="Chosen by")
+    for column in ("bits at most", "by", "components", "FDT_75", "FDT", "SDT", "DPPL", "perplexity", "KL"):
+        table.add_column(column, justify="left" if column == "by" else "right")
+    for place, budget in enumerate(budgets):
+        for name, measured in found.items():
+            m = measured[place]
+            numbers = [m.summary("fdt").p75, m.summary("fdt").mean]
+            numbers += [m.summary(each).mean for each in ("sdt", "dppl", "perplexity", "kl")]
+            table.add_row(f"{budget:g}", name, str(len(m.configuration)), *map(_number, numbers))
     return table
 
 

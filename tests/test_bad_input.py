@@ -190,7 +190,7 @@ def test_a_model_that_is_not_there(tmp_path, text_file, command, name, expected)
 
 
 OPTIONS = {
-    "--treatment int9": "no treatment 'int9'; known: int8, w8a8, prune",
+    "--treatment int9": "no treatment 'int9'; known: int8, w8a8, llm_int8, int4, gptq, prune",
     "--treatment prune(1.5)": r"Prune: sparsity must lie in \[0, 1\], not 1\.5",
     "--treatment prune": "treatment 'prune': wrong arguments for prune",
     "--rank-by bleu": "no ranking 'bleu'; known: fdt75, dppl, perplexity",
@@ -323,8 +323,8 @@ def test_a_run_of_another_schema_version(swept, command):
     connection.commit()
     connection.close()
     before = rows(run)
-    assert_only_refused(command(*arguments), "written with schema version 99, this dtm_fast reads 2")
-    assert_only_refused(command("report", run), "written with schema version 99, this dtm_fast reads 2")
+    assert_only_refused(command(*arguments), "written with schema version 99, this dtm_fast reads 3")
+    assert_only_refused(command("report", run), "written with schema version 99, this dtm_fast reads 3")
     assert rows(run) == before
 
 
@@ -347,7 +347,7 @@ def test_a_full_disk_keeps_what_was_measured_and_the_same_command_goes_on(
 
     def small_disk(*given, **options):
         connection = connect(*given, **options)
-        connection.execute("PRAGMA max_page_count = 7")  # SQLite's own SQLITE_FULL
+        connection.execute("PRAGMA max_page_count = 9")  # SQLite's own SQLITE_FULL
         return connection
 
     monkeypatch.setattr(sqlite3, "connect", small_disk)

@@ -229,7 +229,7 @@ def test_a_text_with_fewer_prefixes_is_a_warning_in_one_line(tiny_folder, tmp_pa
 
 
 def test_a_measurement_that_breaks_ends_with_1(tiny_folder, tmp_path, command, options, monkeypatch):
-    def ruined(self, weight):
+    def ruined(self, weight, inputs=None):
         return weight * torch.nan
 
     monkeypatch.setattr(dtm.Int8, "compress", ruined)
@@ -244,7 +244,7 @@ def test_a_measurement_that_breaks_ends_with_1(tiny_folder, tmp_path, command, o
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tiny_folder, tmp_path, command, options, monkeypatch):
     plain, calls = dtm.Int8.compress, []
 
-    def interrupted(self, weight):
+    def interrupted(self, weight, inputs=None):
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt

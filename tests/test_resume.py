@@ -135,7 +135,9 @@ def test_a_plan_of_smollm2_keeps_through_kills_what_it_measured(tmp_path, smollm
         assert len(now) >= len(known) + rows
         known = now
     probes = dtm.Probes.from_text(model, tokenizer, text, 12, 12, 2)
-    with RunDirectory.resume(run, {"model": model_identity(model), "probes": probes.identity}) as directory:
+    with RunDirectory.read(run) as directory:
+        identity = directory.journal.identity
+        assert (identity["model"], identity["probes"]) == (model_identity(model), probes.identity)
         kept = list(directory.journal)
     paths = dtm.components(model)[: len(known)]
     measured = dtm.ReferenceEvaluator(model, probes).measure([{path: dtm.Int8()} for path in paths])
@@ -163,7 +165,8 @@ def test_ctrl_c_before_the_run_begins_ends_with_130_too(tmp_path):
     code = (
         "import sys, signal, os\n"
         "from dtm_fast import cli\n"
-        "cli.read_documents = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from dtm_fast.cli import setting\n"
+        "setting.read_documents = lambda _: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.argv = ['dtm-fast', 'plan', 'x', '--run', 'y']\n"
         "cli.main()"
     )

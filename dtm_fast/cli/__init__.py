@@ -1,0 +1,69 @@
+"""The command line: ``dtm-fast COMMAND``, one for each search, for checkpoints and for reports."""
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import transformers
+import typer
+
+from dtm_fast import console
+from dtm_fast.cli import checkpoints, searches
+from dtm_fast.cli.options import AsJson
+from dtm_fast.cli.setting import print_json, write_report_of
+from dtm_fast.errors import InputError, MeasurementError
+from dtm_fast.ops import backend_info
+from dtm_fast.runs import RunDirectory
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What compressing each part of a language model does to the text it writes, and the compression planned.",
+)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Says what machine this is and which implementation each operation uses, and why."""
+    info = backend_info()
+    if as_json:
+        print(json.dumps(info, indent=2))
+        return
+    for table in console.doctor_tables(info):
+        console.out.print(table)
+
+
+searches.add_to(app)
+checkpoints.add_to(app)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: AsJson = False) -> None:
+    """Writes report.html and heatmap.png of a run, finished or not."""
+    with RunDirectory.read(run) as directory:
+        written = write_report_of(directory)
+    if as_json:
+        print_json({"written": [str(path) for path in written]})
+        return
+    for path in written:
+        console.show_written(path)
+
+
+def main() -> None:
+    """Runs the command line; exit codes: 0 ok, 1 a check failed, 2 usage or unusable input, 130 interrupted."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.showwarning = lambda message, *_, **__: console.show_note(f"warning: {message}")
+    try:
+        app()
+    except InputError as error:
+        console.show_error(str(error))
+        sys.exit(2)
+    except MeasurementError as error:
+        console.show_error(str(error))
+        sys.exit(1)

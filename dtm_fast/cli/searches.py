@@ -1,0 +1,243 @@
+"""The commands that measure: sweep, plan, prune, beam, joint and compare."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from dtm_fast import console
+from dtm_fast.cli.options import AsJson, Fused, RankBy, TreatmentName, TreatmentNames
+from dtm_fast.cli.setting import (
+    Session,
+    Setting,
+    measuring,
+    print_json,
+    session,
+    summaries,
+    write_report_of,
+)
+from dtm_fast.compression import parse_treatment
+from dtm_fast.errors import InputError
+from dtm_fast.plan import (
+    PAPER_STEPS,
+    Plan,
+    Stop,
+    beam_search,
+    check_every,
+    check_harms,
+    check_steps,
+    compare,
+    joint_search,
+    metrics_for,
+    plan_in_order,
+    prune_in_rounds,
+    rank,
+    sweep,
+    units,
+)
+from dtm_fast.plan.harms import MEASURED, PREDICTED
+
+Every = Annotated[int, typer.Option(help="Components between two joint measurements.")]
+Budgets = Annotated[
+    list[float],
+    typer.Option("--budget", help="Effective bits of a weight, 16 at first; several make a front."),
+]
+
+
+@measuring
+def sweep_command(
+    setting: Setting, treatment: TreatmentName = "int8", rank_by: RankBy = "fdt75", as_json: AsJson = False
+) -> None:
+    """Measures every component alone under one treatment."""
+    chosen, metrics = parse_treatment(treatment), metrics_for(rank_by, setting.prefix)
+    with session(setting, [chosen], f"{chosen.key} alone", lambda size: size, quiet=as_json) as running:
+        measured = sweep(running.recorded, chosen, metrics)
+        ranked = rank(measured, rank_by)
+    if as_json:
+        print_json(
+            {
+                "run": str(setting.run),
+                "treatment": chosen.key,
+                "floor": asdict(running.floor),
+                "ranked": [{"component": path, **summaries(measured[path])} for path in ranked],
+            }
+        )
+        return
+    console.out.print(console.sweep_table(ranked, measured))
+    console.show_floor(running.floor)
+
+
+@measuring
+def plan_command(
+    setting: Setting,
+    treatment: TreatmentName = "int8",
+    rank_by: RankBy = "fdt75",
+    components: Annotated[int | None, typer.Option(help="Stop at so many components.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Stop at this share of their parameters, 0 … 1.")
+    ] = None,
+    min_fdt: Annotated[float | None, typer.Option(help="Stop before FDT_75 falls below this.")] = None,
+    every: Every = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Sweeps, then converts components in order of harm until a stop; writes plan.json and the report."""
+    chosen, stop = parse_treatment(treatment), Stop(components, share, min_fdt)
+    metrics_for(rank_by, setting.prefix)
+    stop.check(setting.completion)
+    check_every(every)
+
+    def expected(size: int) -> int:
+        return size + -(-min(components or size, size) // every)
+
+    with session(setting, [chosen], f"{chosen.key} plan", expected, quiet=as_json) as running:
+        found = plan_in_order(running.recorded, chosen, rank_by, stop, every)
+        _finish(running, setting, found, as_json)
+    if not found.configuration:
+        console.show_error("no component can be converted within the stop: the plan is empty")
+        raise typer.Exit(1)
+
+
+@measuring
+def prune_command(
+    setting: Setting,
+    steps: Annotated[
+        str, typer.Option(help="Mean sparsity that each round adds, in percent, with commas between.")
+    ] = ",".join(f"{100 * step:g}" for step in PAPER_STEPS),
+    as_json: AsJson = False,
+) -> None:
+    """Prunes in rounds, each component as far as its FDT allows; the paper's algorithm without training between."""
+    rounds = _steps(steps)
+    probe = parse_treatment("prune(0.5)")
+
+    def expected(size: int) -> int:
+        return len(rounds) * (3 * size + 2)
+
+    with session(setting, [probe], "pruning rounds", expected, quiet=as_json) as running:
+        _finish(running, setting, prune_in_rounds(running.recorded, rounds), as_json)
+
+
+@measuring
+def beam_command(
+    setting: Setting,
+    depth: Annotated[int, typer.Option(help="How many units to convert.")],
+    treatment: TreatmentNames = ["int8"],  # noqa: B006
+    width: Annotated[int, typer.Option(help="Configurations kept at each depth.")] = 10,
+    by: Annotated[str, typer.Option(help="fdt75, dppl, perplexity or kl.")] = "fdt75",
+    among: Annotated[
+        int | None, typer.Option(help="Look at so many units at each depth, the least harmful alone first.")
+    ] = None,
+    fused: Fused = False,
+    as_json: AsJson = False,
+) -> None:
+    """Converts one unit after the other, the ten best configurations at a time; the paper's beam search."""
+    treatments = [parse_treatment(each) for each in treatment]
+    metrics_for(by, setting.prefix)
+
+    def expected(size: int) -> int:
+        return depth * width * min(among or size, size)
+
+    with session(setting, treatments, "beam", expected, quiet=as_json) as running:
+        found = beam_search(
+            running.recorded,
+            treatments,
+            depth,
+            width=width,
+            by=by,
+            units=units(running.evaluator.decoder, fused),
+            among=among,
+        )
+        _finish(running, setting, found, as_json)
+
+
+@measuring
+def joint_command(
+    setting: Setting,
+    budget: Budgets,
+    treatment: TreatmentNames = ["int8", "int4(64)", "prune(0.3)", "prune(0.5)", "prune(0.7)"],  # noqa: B006
+    refinements: Annotated[int, typer.Option(help="How often each budget's best is improved.")] = 1,
+    fused: Fused = False,
+    as_json: AsJson = False,
+) -> None:
+    """Chooses for each component whether to prune, to quantize or to keep it, within a size; shows the front."""
+    treatments = [parse_treatment(each) for each in treatment]
+
+    def expected(size: int) -> int:
+        return size * len(treatments) + len(budget) * (3 + refinements * (2 * size + 4))
+
+    with session(setting, treatments, "joint", expected, quiet=as_json) as running:
+        chosen_units = units(running.evaluator.decoder, fused)
+        found = joint_search(running.recorded, treatments, chosen_units, budget, refinements=refinements)
+        _finish(running, setting, found, as_json)
+
+
+@measuring
+def compare_command(
+    setting: Setting,
+    budget: Budgets,
+    treatment: TreatmentNames = ["int8"],  # noqa: B006
+    by: Annotated[list[str] | None, typer.Option(help=f"{', '.join((*MEASURED, *PREDICTED))}; all.")] = None,
+    fused: Fused = False,
+    as_json: AsJson = False,
+) -> None:
+    """What choosing by FDT buys: what other criteria choose within the same size, and what that does."""
+    treatments, criteria = [parse_treatment(each) for each in treatment], by or [*MEASURED, *PREDICTED]
+    check_harms(criteria)
+
+    def expected(size: int) -> int:
+        return (
+            1
+            + size * len(treatments) * sum(each in MEASURED for each in criteria)
+            + len(budget) * len(criteria)
+        )
+
+    with session(
+        setting, treatments, "compare", expected, calibrated="layer error" in criteria, quiet=as_json
+    ) as running:
+        chosen_units = units(running.evaluator.decoder, fused)
+        found = compare(running.recorded, treatments, chosen_units, budget, criteria)
+        stored = [
+            {"by": name, "budget": each, **measurement.to_json()}
+            for name, measured in found.items()
+            for each, measurement in zip(budget, measured, strict=True)
+        ]
+        running.directory.write_json("comparison.json", {"treatments": treatment, "rows": stored})
+    if as_json:
+        print_json({"run": str(setting.run), "rows": stored})
+        return
+    console.out.print(console.comparison_table(found, budget))
+    console.show_floor(running.floor)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Makes them commands of ``app``."""
+    for name, command in (
+        ("sweep", sweep_command),
+        ("plan", plan_command),
+        ("prune", prune_command),
+        ("beam", beam_command),
+        ("joint", joint_command),
+        ("compare", compare_command),
+    ):
+        app.command(name=name)(command)
+
+
+def _finish(running: Session, setting: Setting, found: Plan, as_json: bool) -> None:
+    """Writes plan.json and the report, and says what was found."""
+    running.directory.write_json("plan.json", found.to_json())
+    written = write_report_of(running.directory)
+    if as_json:
+        print_json({"run": str(setting.run), "floor": asdict(running.floor), "plan": found.to_json()})
+        return
+    console.out.print(console.plan_table(found))
+    console.show_floor(running.floor)
+    for path in (setting.run / "plan.json", *written):
+        console.show_written(path)
+
+
+def _steps(text: str) -> list[float]:
+    try:
+        steps = [float(each) / 100 for each in text.split(",")]
+    except ValueError:
+        raise InputError(f"steps: numbers with commas between, such as 20,15,10; not {text!r}") from None
+    check_steps(steps)
+    return steps

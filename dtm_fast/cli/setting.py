@@ -1,0 +1,248 @@
+"""What every search is run on: a model, probes, an evaluator and a run directory, from the same options."""
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
+from datetime import datetime, timezone
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+import transformers
+import typer
+
+from dtm_fast import console
+from dtm_fast.cli.options import (
+    BatchSize,
+    CalibrationText,
+    Completion,
+    Count,
+    DType,
+    Layers,
+    Memory,
+    Model,
+    Prefix,
+    Run,
+    Text,
+    dtype_of,
+)
+from dtm_fast.compression import Treatment
+from dtm_fast.errors import InputError
+from dtm_fast.measure import (
+    DEFAULT_SOURCE,
+    EXTRA_METRICS,
+    Evaluator,
+    Floor,
+    Measurement,
+    Probes,
+    ReferenceEvaluator,
+    read_documents,
+)
+from dtm_fast.model import Calibration, load_model, model_identity
+from dtm_fast.ops import backend_info
+from dtm_fast.plan import RecordedEvaluator
+from dtm_fast.runs import RunDirectory
+from dtm_fast.version import __version__
+
+_LAYERS: tuple[Literal["auto", "fused", "transformers"], ...] = ("auto", "fused", "transformers")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The options of every command that measures into a run directory."""
+
+    model: Model
+    run: Run
+    text: Text = DEFAULT_SOURCE
+    prefix: Prefix = 100
+    completion: Completion = 100
+    probes: Count = 64
+    batch_size: BatchSize = 8
+    dtype: DType = "auto"
+    evaluator: Layers = "auto"
+    memory: Memory = None
+    calibration: CalibrationText = DEFAULT_SOURCE
+
+
+@dataclass(frozen=True)
+class Session:
+    """A search under way.
+
+    Attributes:
+        evaluator: measures.
+        directory: the run directory.
+        recorded: measures into its journal, and shows progress.
+    """
+
+    evaluator: Evaluator | ReferenceEvaluator
+    directory: RunDirectory
+    recorded: RecordedEvaluator
+
+    @property
+    def floor(self) -> Floor:
+        """The base against itself."""
+        return self.evaluator.floor
+
+
+def measuring(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command whose first parameter is a ``Setting`` an option for each of that one's fields."""
+    own = list(inspect.signature(command).parameters.values())[1:]
+    hints = get_type_hints(Setting, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(Setting)
+    ]
+
+    @wraps(command)
+    def with_setting(**given: Any) -> None:
+        setting = Setting(**{field.name: given.pop(field.name) for field in fields(Setting)})
+        command(setting, **given)
+
+    parameters = [*shared, *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own)]
+    with_setting.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_setting.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_setting
+
+
+def check_evaluator(name: str, memory: float | None) -> None:
+    """Raises InputError unless there is such an evaluator, and so much memory can be meant."""
+    known = (*_LAYERS, "reference")
+    if name not in known:
+        raise InputError(f"no evaluator {name!r}; known: {', '.join(known)}")
+    if memory is not None and not memory >= 0:
+        raise InputError(f"memory: at least 0 GiB, not {memory:g}")
+
+
+@contextmanager
+def session(
+    setting: Setting,
+    treatments: Sequence[Treatment],
+    title: str,
+    expected: Callable[[int], int],
+    *,
+    calibrated: bool = False,
+    quiet: bool = False,
+) -> Iterator[Session]:
+    """A search's session, with run.json saying how it is run; Ctrl-C ends with how to go on.
+
+    Args:
+        setting: the options.
+        treatments: what will be measured.
+        title: beside the progress bar.
+        expected: about how many measurements there will be for so many components.
+        calibrated: whether a calibration is needed even where no treatment needs one.
+        quiet: no progress.
+    """
+    check_evaluator(setting.evaluator, setting.memory)
+    documents = read_documents(setting.text)
+    model, tokenizer = load_model(setting.model, dtype_of(setting.dtype))
+    console.show_note(
+        f"{setting.probes} probes of {setting.prefix} + {setting.completion} tokens: the base writes its completions …"
+    )
+    probes = Probes.from_text(
+        model,
+        tokenizer,
+        documents,
+        setting.prefix,
+        setting.completion,
+        setting.probes,
+        batch_size=setting.batch_size,
+    )
+    calibration = None
+    calibration_documents = read_documents(setting.calibration)
+    if calibrated or any(treatment.needs_inputs for treatment in treatments):
+        console.show_note("calibrating: the base's activations …")
+        calibration = Calibration.from_text(model, tokenizer, calibration_documents)
+    identity = {
+        "model": model_identity(model),
+        "probes": probes.identity,
+        # Of the text alone, so that a run may begin with treatments that need none of it.
+        "calibration": hashlib.sha256(json.dumps(calibration_documents).encode()).hexdigest(),
+    }
+    evaluator: Evaluator | ReferenceEvaluator
+    if setting.evaluator == "reference":
+        evaluator = ReferenceEvaluator(model, probes, calibration=calibration)
+    else:
+        bound = None if setting.memory is None else int(setting.memory * 2**30)
+        layers = _LAYERS[_LAYERS.index(setting.evaluator)]
+        evaluator = Evaluator(model, probes, memory=bound, layers=layers, calibration=calibration)
+        console.show_note(f"measuring with {evaluator.engine}")
+    with RunDirectory.resume(setting.run, identity) as directory:
+        if len(directory.journal):
+            console.show_note(f"{setting.run}: resuming, {len(directory.journal)} measurements are known")
+        try:
+            directory.write_json("run.json", _described(evaluator, setting))
+            total = expected(len(evaluator.decoder.components))
+            with console.progress(title, total, quiet=quiet) as on_finished:
+                yield Session(
+                    evaluator, directory, RecordedEvaluator(evaluator, directory.journal, on_finished)
+                )
+        except KeyboardInterrupt:
+            console.show_note(
+                f"interrupted: {len(directory.journal)} measurements are kept in {setting.run}; "
+                "the same command resumes"
+            )
+            raise typer.Exit(130) from None
+
+
+def _described(evaluator: Evaluator | ReferenceEvaluator, setting: Setting) -> dict[str, Any]:
+    """How a run is run, and what a report needs to know of the model."""
+    probes = evaluator.probes
+    return {
+        "command": ["dtm-fast", *sys.argv[1:]],
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": {
+            "name": setting.model,
+            "type": type(evaluator.model).__name__,
+            "dtype": str(evaluator.model.dtype).removeprefix("torch."),
+            "parameters": sum(p.numel() for p in evaluator.model.parameters()),
+        },
+        "probes": {
+            "text": setting.text,
+            "count": len(probes),
+            "prefix": probes.prefix,
+            "completion": probes.completion,
+        },
+        "floor": asdict(evaluator.floor),
+        "evaluator": evaluator.engine if isinstance(evaluator, Evaluator) else "reference",
+        "components": [
+            {"path": c.path, "layer": c.layer, "name": c.name, "shape": c.shape}
+            for c in evaluator.decoder.components.values()
+        ],
+        "machine": backend_info()["cpu"],
+        "versions": {
+            "dtm_fast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def write_report_of(directory: RunDirectory) -> list[Path]:
+    """The report of a run; InputError where what it needs is not installed."""
+    try:
+        from dtm_fast.report import write_report
+    except ImportError as error:
+        raise InputError(f"a report needs: pip install 'dtm-fast[report]' ({error})") from error
+    return write_report(directory)
+
+
+def summaries(measurement: Measurement) -> dict[str, Any]:
+    """The summary of every metric that was measured, as JSON values."""
+    names = ("fdt", "sdt", *EXTRA_METRICS)
+    return {n: asdict(measurement.summary(n)) for n in names if getattr(measurement, n) is not None}
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """On standard output, for machines."""
+    print(json.dumps(content, indent=2))

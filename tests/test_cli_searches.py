@@ -1,0 +1,131 @@
+"""The commands of the searches, and a plan exported and brought back."""
+
+import json
+
+import pytest
+
+import dtm_fast as dtm
+from dtm_fast.plan import Plan, reached_by
+from dtm_fast.runs import RunDirectory
+
+SMALL = ("--prefix", 8, "--completion", 12, "--probes", 4)
+
+
+@pytest.fixture
+def search(command, tiny_folder, tmp_path, text_file):
+    """Runs a search on the tiny model: how it ended, and its plan."""
+
+    def run(name, *arguments):
+        ended = command(name, tiny_folder, "--run", tmp_path / "run", "--text", text_file, *SMALL, *arguments)
+        plan = tmp_path / "run" / "plan.json"
+        return ended, Plan.read(plan) if plan.exists() else None
+
+    return run
+
+
+def test_pruning_rounds(search, tmp_path):
+    ended, plan = search("prune", "--steps", "20,10")
+    assert ended.code == 0, ended.err
+    assert (plan.search, plan.how["steps"]) == ("pruning rounds", [0.2, 0.1])
+    assert all(0 < each.sparsity <= 1 for each in plan.configuration.values())
+    assert (tmp_path / "run" / "report.html").exists()
+    assert "Plan: pruning rounds" in ended.out
+
+
+def test_a_beam_of_fused_units(search):
+    ended, plan = search(
+        "beam", "--treatment", "int8", "--treatment", "prune(0.3)", "--depth", 2, "--width", 2, "--fused"
+    )
+    assert ended.code == 0, ended.err
+    assert (plan.search, plan.how["width"], len(plan.curve)) == ("beam", 2, 2)
+    assert set(plan.how["treatments"]) == {"int8", "prune(0.3)"}
+
+
+def test_a_joint_search_and_the_same_again_measures_nothing(search, command, tmp_path):
+    arguments = ("--treatment", "int8", "--treatment", "prune(0.5)", "--budget", 11, "--budget", 13, "--json")
+    ended, plan = search("joint", *arguments)
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["plan"] == plan.to_json()
+    assert all(point.bits <= budget for budget, point in reached_by(plan).items())
+    again, same = search("joint", *arguments)
+    assert (again.code, same) == (0, plan)
+    assert command("report", tmp_path / "run").code == 0
+
+
+def test_what_other_criteria_choose(search, tmp_path):
+    ended, _ = search("compare", "--budget", 13, "--by", "fdt", "--by", "layer error", "--by", "gradient")
+    assert ended.code == 0, ended.err
+    stored = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert [row["by"] for row in stored["rows"]] == ["fdt", "layer error", "gradient"]
+    assert "Chosen by" in ended.out
+
+
+def test_treatments_that_look_at_activations(search):
+    ended, plan = search("plan", "--treatment", "prune(0.5,wanda)", "--components", 3)
+    assert ended.code == 0, ended.err
+    assert {each.key for each in plan.configuration.values()} == {"prune(0.5,wanda)"}
+    assert "calibrating" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prune", "--steps", "20,x"), "steps: numbers with commas between, such as 20,15,10; not '20,x'"),
+        (("prune", "--steps", "80,30"), "steps: they may add up to 1, not to 1.1"),
+        (
+            ("joint", "--budget", 1, "--treatment", "int8"),
+            "budget: 1 effective bits cannot be reached; the smallest that these treatments",
+        ),
+        (
+            ("joint", "--budget", 8, "--treatment", "int4(48)"),
+            "needs a K that is a multiple of 48, and K = 32",
+        ),
+        (("beam", "--depth", 99), "depth: 1 … 21 (units), not 99"),
+        (("compare", "--budget", 8, "--by", "taste"), "no harm 'taste'; known: fdt, sdt"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_searched_is_refused_before_anything_is_measured(search, tmp_path, arguments, message):
+    ended, plan = search(*arguments)
+    assert (ended.code, plan) == (2, None)
+    (line,) = ended.errors
+    assert message in line
+    journal = tmp_path / "run" / "journal.sqlite"
+    if journal.exists():
+        with RunDirectory.read(tmp_path / "run") as directory:
+            assert len(directory.journal) == 0
+
+
+def test_a_plan_is_exported_and_brought_back(search, command, tiny_folder, tmp_path):
+    _, plan = search("plan", "--treatment", "w8a8", "--components", 4)
+    folder, file = tmp_path / "exported", tmp_path / "run" / "plan.json"
+    ended = command("export", tiny_folder, file, folder)
+    assert ended.code == 0, ended.err
+    assert f"wrote {folder}" in ended.out
+    loaded = command("load", folder, "--json")
+    assert loaded.code == 0, loaded.err
+    assert json.loads(loaded.out)["layers"]["Int8Linear"] == len(plan.configuration) == 4
+
+
+def test_a_plan_for_another_model_is_not_exported(search, command, tiny_folder, tmp_path):
+    search("plan", "--treatment", "int8", "--components", 2)
+    file = tmp_path / "run" / "plan.json"
+    file.write_text(file.read_text().replace('"model": "', '"model": "0'))
+    ended = command("export", tiny_folder, file, tmp_path / "exported")
+    assert ended.code == 2
+    assert "made for another model" in ended.errors[0]
+    file.write_text('{"format": 2, ')
+    ended = command("export", tiny_folder, file, tmp_path / "exported")
+    assert (ended.code, len(ended.errors)) == (2, 1)
+    assert str(file) in ended.errors[0]
+    assert not (tmp_path / "exported").exists()
+
+
+def test_the_plan_of_a_file_is_accelerated_and_restored(search, tiny_folder):
+    _, plan = search("plan", "--treatment", "w8a8", "--components", 3)
+    model, _ = dtm.load_model(tiny_folder)
+    before = dict(model.named_modules())
+    said = dtm.accelerate(model, plan)
+    assert sum(each.layer == "Int8Linear" for each in said.components.values()) == 3
+    dtm.restore(model)
+    assert dict(model.named_modules()) == before
