@@ -4,6 +4,7 @@
 #   test      every test that is marked gpu, and those of what they rest on
 #   sanitize  compute-sanitizer's four tools over unpack_mask
 #   bench     python -m benchmarks.cuda
+#   paper     python -m benchmarks.paper_tables, with the arguments in $PAPER
 # Logs and figures go to $OUT. A stage that fails stops no other; the exit status says whether any did.
 # Where Python packages are missing, their wheels may lie in .gpu/whl; where SmolLM2's package is, its GGUF file may lie
 # in .gpu, cut into pieces of which each has a folder of its own.
@@ -45,7 +46,8 @@ test_() {
   python3 -c "import xdist" 2>/dev/null && workers=(-n 6) && export OMP_NUM_THREADS=2
   python3 -m pytest -q "${workers[@]}" -p no:cacheprovider --durations=5 -m "not model and not browser" --timeout 120 \
     tests/ops/test_unpack_mask_cuda.py tests/ops/test_operations_cuda.py tests/ops/test_backends.py \
-    tests/ops/test_mask_bits.py tests/measure/test_evaluator_cuda.py tests/measure/test_tensor_store.py
+    tests/ops/test_mask_bits.py tests/measure/test_evaluator_cuda.py tests/measure/test_tensor_store.py \
+    tests/compression/test_treatments_cuda.py
 }
 
 sanitize() {
@@ -71,6 +73,12 @@ bench() {
   local status=$?
   python3 -m pytest -q -p no:cacheprovider -m "gpu and model" --timeout 200 tests/measure/test_evaluator_cuda.py &&
     return $status
+}
+
+paper() {
+  model || return
+  # shellcheck disable=SC2086  # several arguments
+  python3 -m benchmarks.paper_tables --device cuda --run "$OUT/paper" --out "$OUT/tables.json" ${PAPER:-}
 }
 
 table=() failed=0

@@ -1,0 +1,133 @@
+"""The tables as Markdown: python -m benchmarks.paper_tables.page TABLES.json writes them into docs/results.md.
+
+What is read out of them stands between the tables, by hand, and stays.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "results.md"
+_METRICS = (("fdt", "FDT"), ("sdt", "SDT"), ("dppl", "DPPL"), ("perplexity", "perplexity"), ("kl", "KL"))
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+
+
+def table(name: str, report: dict[str, Any]) -> list[str]:
+    """One table's lines."""
+    found = report["tables"][name]
+    if name == "discriminability":
+        return _discriminability(found)
+    if name == "joint":
+        return _joint(found)
+    if name == "pruning":
+        return [*_measurements(found["rows"]), "", *_sparsity(found)]
+    return _measurements(found)
+
+
+def about(report: dict[str, Any]) -> list[str]:
+    """Where and how it was measured."""
+    machine, scale = report["machine"], report["scale"]
+    minutes = sum(report["seconds"].values()) / 60
+    return [
+        f"SmolLM2-135M-Instruct in float32 on {machine['device']} ({machine['cpu_model']}), torch {machine['torch']}, "
+        f"{machine['date']}, commit {machine['git_sha']}; {minutes:.0f} minutes for the tables below.",
+        f"{scale['probes']} probes choose and {scale['judges']} others judge, of {scale['prefix']} + "
+        f"{scale['completion']} tokens each from the language reference of CPython. All figures are of the probes that "
+        "judge; means, with 95% bootstrap intervals over the probes.",
+    ]
+
+
+def _measurements(rows: Sequence[dict[str, Any]]) -> list[str]:
+    head = ["configuration", "components", "bits", "FDT_75", *(label for _, label in _METRICS)]
+    return _table(
+        head,
+        (
+            [
+                row["name"],
+                str(row["components"]),
+                f"{row['bits']:.2f}",
+                f"{row['fdt']['p75']:.1f}",
+                *(_mean(row[metric]) for metric, _ in _METRICS),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def _mean(summary: dict[str, Any]) -> str:
+    low, high = summary["mean_interval"]
+    return f"{_number(summary['mean'])} ({_number(low)} – {_number(high)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 20 else f"{value:.3g}"
+
+
+def _sparsity(found: dict[str, Any]) -> list[str]:
+    kinds = {key: value for key, value in found["sparsity"].items() if not key.startswith("layer ")}
+    layers = [value for key, value in found["sparsity"].items() if key.startswith("layer ")]
+    head = [f"sparsity at a mean of {found['at']:.0%}", *kinds]
+    lines = _table(head, [["by FDT", *(f"{value:.0%}" for value in kinds.values())]])
+    by_layer = ", ".join(f"{value:.0%}" for value in layers)
+    return [*lines, "", f"By layer, first to last: {by_layer}."]
+
+
+def _discriminability(rows: Sequence[dict[str, Any]]) -> list[str]:
+    head = ["metric", "random is worse", "the same", "random is better", "told apart (50% is guessing)"]
+    return _table(
+        head,
+        (
+            [row["name"], str(row["worse"]), str(row["same"]), str(row["better"]), f"{row['told']:.1%}"]
+            for row in rows
+        ),
+    )
+
+
+def _joint(rows: Sequence[dict[str, Any]]) -> list[str]:
+    families = list(dict.fromkeys(row["name"] for row in rows))
+    by = {(row["name"], row["budget"]): row for row in rows}
+
+    def cell(family: str, budget: float) -> str:
+        row = by.get((family, budget))
+        if row is None or "why_not" in row:
+            return "cannot be reached"
+        return (
+            f"{row['fdt']['mean']:.1f} / {row['sdt']['mean']:.1f} / {row['dppl']['mean']:.3f} "
+            f"({row['choosing']['fdt']:.1f}; {row['bits']:.2f} bits)"
+        )
+
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    head = ["bits at most", *(f"{family}: FDT / SDT / DPPL (FDT where chosen; size)" for family in families)]
+    return _table(
+        head, ([f"{budget:g}", *(cell(family, budget) for family in families)] for budget in budgets)
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def write(report: dict[str, Any], page: str) -> str:
+    """``page`` with every table that it has a place for, and ``about``, renewed."""
+    parts = {name: table(name, report) for name in report["tables"]} | {"about": about(report)}
+    for name, lines in parts.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        inside = "\n".join((marks[0], *lines, marks[1]))
+        page = re.sub(
+            f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", lambda _, new=inside: new, page, flags=re.S
+        )
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write(json.loads(Path(sys.argv[1]).read_text()), PAGE.read_text()))
