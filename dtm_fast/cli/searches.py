@@ -16,8 +16,9 @@ from dtm_fast.cli.setting import (
     summaries,
     write_report_of,
 )
-from dtm_fast.compression import parse_treatment
+from dtm_fast.compression import Recovery, blocks_of, parse_treatment
 from dtm_fast.errors import InputError
+from dtm_fast.measure import read_documents
 from dtm_fast.plan import (
     PAPER_STEPS,
     Plan,
@@ -30,6 +31,7 @@ from dtm_fast.plan import (
     joint_search,
     metrics_for,
     plan_in_order,
+    prune_and_recover,
     prune_in_rounds,
     rank,
     sweep,
@@ -103,17 +105,42 @@ def prune_command(
     steps: Annotated[
         str, typer.Option(help="Mean sparsity that each round adds, in percent, with commas between.")
     ] = ",".join(f"{100 * step:g}" for step in PAPER_STEPS),
+    recover: Annotated[
+        str | None,
+        typer.Option(help="Train after each round, on this text; as --text. The model in the last round-*."),
+    ] = None,
+    masked_steps: Annotated[int, typer.Option(help="Of training, with the mask.")] = 450,
+    unmasked_steps: Annotated[int, typer.Option(help="Of training, after them and without it.")] = 50,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 256,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-4,
     as_json: AsJson = False,
 ) -> None:
-    """Prunes in rounds, each component as far as its FDT allows; the paper's algorithm without training between."""
+    """Prunes in rounds, each component as far as its FDT allows; with --recover trains after each, as the paper."""
     rounds = _steps(steps)
+    training = Recovery(
+        masked_steps=masked_steps,
+        unmasked_steps=unmasked_steps,
+        batch=batch,
+        length=length,
+        learning_rate=learning_rate,
+    )
+    documents = None if recover is None else read_documents(recover)
     probe = parse_treatment("prune(0.5)")
 
     def expected(size: int) -> int:
         return len(rounds) * (3 * size + 2)
 
     with session(setting, [probe], "pruning rounds", expected, quiet=as_json) as running:
-        _finish(running, setting, prune_in_rounds(running.recorded, rounds), as_json)
+        if documents is None:
+            found = prune_in_rounds(running.recorded, rounds)
+        else:
+            wanted = batch * (masked_steps + unmasked_steps)
+            tokens = blocks_of(running.tokenizer, documents, length, wanted)
+            found = prune_and_recover(running.recorded, tokens, setting.run, training, rounds)
+            for number in range(1, len(rounds) + 1):
+                running.tokenizer.save_pretrained(setting.run / f"round-{number}" / "recovery" / "model")
+        _finish(running, setting, found, as_json)
 
 
 @measuring

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 import transformers
 import typer
+from transformers import PreTrainedTokenizerBase
 
 from dtm_fast import console
 from dtm_fast.cli.options import (
@@ -77,11 +78,13 @@ class Session:
         evaluator: measures.
         directory: the run directory.
         recorded: measures into its journal, and shows progress.
+        tokenizer: the model's.
     """
 
     evaluator: Evaluator | ReferenceEvaluator
     directory: RunDirectory
     recorded: RecordedEvaluator
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def floor(self) -> Floor:
@@ -184,9 +187,8 @@ def session(
             directory.write_json("run.json", _described(evaluator, setting))
             total = expected(len(evaluator.decoder.components))
             with console.progress(title, total, quiet=quiet) as on_finished:
-                yield Session(
-                    evaluator, directory, RecordedEvaluator(evaluator, directory.journal, on_finished)
-                )
+                recorded = RecordedEvaluator(evaluator, directory.journal, on_finished)
+                yield Session(evaluator, directory, recorded, tokenizer)
         except KeyboardInterrupt:
             console.show_note(
                 f"interrupted: {len(directory.journal)} measurements are kept in {setting.run}; "

@@ -18,6 +18,7 @@ from dtm_fast.plan.pruning_rounds import (
 )
 from dtm_fast.plan.ranking import RANKINGS, rank
 from dtm_fast.plan.recorded import Evaluator, RecordedEvaluator
+from dtm_fast.plan.recovered_rounds import prune_and_recover
 from dtm_fast.plan.units import Unit, units
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "metrics_for",
     "plan_in_order",
     "probe_round",
+    "prune_and_recover",
     "prune_in_rounds",
     "rank",
     "reached_by",

@@ -155,7 +155,7 @@ class _Beam:
         among: int | None,
     ) -> None:
         self._recorded = recorded
-        self._journal = recorded._journal  # decisions stand where the measurements do that they were made by
+        self._journal = recorded.journal  # decisions stand where the measurements do that they were made by
         self._treatments = treatments
         self._units = units
         self._width = width

@@ -50,13 +50,13 @@ class RecordedEvaluator:
         """Nothing is measured yet."""
         self.evaluator = evaluator
         self.decoder = evaluator.decoder
-        self._journal = journal
+        self.journal = journal
         self._on_finished = on_finished
 
     @property
     def model_identity(self) -> str:
         """What the journal says the model is; empty where it says nothing."""
-        return str(self._journal.identity.get("model", ""))
+        return str(self.journal.identity.get("model", ""))
 
     def measure(
         self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("dppl",)
@@ -66,7 +66,7 @@ class RecordedEvaluator:
         identities = [configuration_identity(configuration) for configuration in wanted]
         found: dict[str, Measurement] = {}
         for identity in identities:
-            stored = self._journal.find(identity, list(metrics))
+            stored = self.journal.find(identity, list(metrics))
             if stored is not None and identity not in found:
                 found[identity] = Measurement.from_json(stored)
                 self._on_finished(found[identity], True)
@@ -77,7 +77,7 @@ class RecordedEvaluator:
         }
         for measurement in self.evaluator.iterate(missing.values(), metrics):
             identity = configuration_identity(measurement.configuration)
-            self._journal.add(identity, list(metrics), measurement.to_json())
+            self.journal.add(identity, list(metrics), measurement.to_json())
             found[identity] = measurement
             self._on_finished(measurement, False)
         return [found[identity] for identity in identities]
@@ -99,7 +99,7 @@ class RecordedEvaluator:
             ValueError: instead_of keeps another journal.
             ComponentError, TreatmentError: the configuration does not fit the model.
         """
-        if instead_of is not None and instead_of._journal is not self._journal:
+        if instead_of is not None and instead_of.journal is not self.journal:
             raise ValueError("instead_of was not made from this evaluator: it keeps another journal")
         if not isinstance(self.evaluator, FastEvaluator):
             return self
@@ -112,7 +112,11 @@ class RecordedEvaluator:
             raise
         except ValueError:
             return self
-        return RecordedEvaluator(evaluator, self._journal, self._on_finished)
+        return self.with_evaluator(evaluator, self.journal)
+
+    def with_evaluator(self, evaluator: Evaluator, journal: Journal) -> "RecordedEvaluator":
+        """Another evaluator into another journal; the same is told of its measurements."""
+        return RecordedEvaluator(evaluator, journal, self._on_finished)
 
     def best(
         self, configurations: Iterable[Configuration], k: int, *, by: By = "fdt75", error: float = 0.0
@@ -127,19 +131,19 @@ class RecordedEvaluator:
         wanted = list(configurations)
         known: list[Measurement | Dropped] = []
         for identity in {configuration_identity(configuration): None for configuration in wanted}:
-            if (stored := self._journal.find(identity, [])) is not None:
+            if (stored := self.journal.find(identity, [])) is not None:
                 measurement = Measurement.from_json(stored)
                 known.append(measurement)
                 self._on_finished(measurement, True)
-            elif (bound := self._journal.bound(identity)) is not None:
+            elif (bound := self.journal.bound(identity)) is not None:
                 known.append(Dropped.from_json(bound))
 
         def commit(result: Measurement | Dropped) -> None:
             identity = configuration_identity(result.configuration)
             if isinstance(result, Measurement):
-                self._journal.add(identity, [], result.to_json())
+                self.journal.add(identity, [], result.to_json())
                 self._on_finished(result, False)
-            elif result.proved or self._journal.bound(identity) is None:
-                self._journal.add_bound(identity, result.to_json())
+            elif result.proved or self.journal.bound(identity) is None:
+                self.journal.add_bound(identity, result.to_json())
 
         return self.evaluator.best(wanted, k, by=by, error=error, known=known, on_finished=commit)
