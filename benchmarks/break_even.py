@@ -1,8 +1,8 @@
 """python -m benchmarks.break_even: from which density on our float layers are faster than torch.nn.Linear.
 
 Where the table in dtm_fast/compression/break_even.py comes from. It times the products of a decoder layer of
-SmolLM2-135M, those of at least SMALLEST weights and the smaller ones apart: for one token, with the weights out of the
-cache as they are when a model writes, and for a prompt of 256 tokens. To see what a lesser machine would do, force all
+SmolLM2-135M, those of its two small matrices apart: for one token, with other weights each time as when a model writes,
+and for a prompt of 256 tokens. To see what a lesser machine would do, force all
 of DTM_FAST_CPU_ISA, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS and ATEN_CPU_CAPABILITY.
 """
 
@@ -15,21 +15,24 @@ import torch
 from benchmarks.disturbance import Disturbance
 from benchmarks.interleave import Contender, measure
 from dtm_fast import nn
-from dtm_fast.compression.break_even import PROMPT, SMALLEST, WRITTEN
+from dtm_fast.compression.break_even import PROMPT, WRITTEN
 from dtm_fast.ops import native
 
-# (K, N) of q, o, gate, up, down and of k, v.
-SHAPES = [(576, 576), (576, 576), (576, 1536), (576, 1536), (1536, 576), (576, 192), (576, 192)]
+# (K, N)
+SHAPES = {
+    "q, o, gate, up, down": [(576, 576), (576, 576), (576, 1536), (576, 1536), (1536, 576)],
+    "k, v": [(576, 192), (576, 192)],
+}
 DENSITIES = (0.75, 0.5, 0.25, 0.1)
 DENSE, MASKED = "dense", "MaskedLinear"
-_OUT_OF_CACHE_BYTES = 96 * 2**20
+_WEIGHT_BYTES = 400 * 2**20  # of all 30 layers in float32
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def contenders(shapes: Sequence[tuple[int, int]], rows: int, dtype: torch.dtype) -> list[Contender]:
     """The same products by torch.nn.Linear, by SparseLinear at each density and by a MaskedLinear that keeps all."""
     size = sum(k * n for k, n in shapes) * dtype.itemsize
-    copies = max(2, math.ceil(_OUT_OF_CACHE_BYTES / size)) if rows == 1 else 2
+    copies = max(2, math.ceil(_WEIGHT_BYTES / size * dtype.itemsize / 4)) if rows == 1 else 2
     inputs = [torch.randn(1, rows, k).to(dtype) for k, _ in shapes]
     dense = [[torch.nn.Linear(k, n, bias=False, dtype=dtype) for k, n in shapes] for _ in range(copies)]
 
@@ -58,7 +61,7 @@ def break_even(relative: dict[float, float]) -> float:
     return mean_d + (1 - mean_t) / slope
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.break_even", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -68,10 +71,7 @@ def main(given: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     print("isa dtype weights: break-even density of a token, a prompt, both; time of MaskedLinear for each")
     for dtype in (torch.float32, torch.bfloat16):
-        for name, shapes in (
-            ("large", [(k, n) for k, n in SHAPES if k * n >= SMALLEST]),
-            ("small", [(k, n) for k, n in SHAPES if k * n < SMALLEST]),
-        ):
+        for name, shapes in SHAPES.items():
             seconds: dict[str, list[float]] = {}
             dense: list[float] = []
             for rows in (1, PROMPT):

@@ -22,6 +22,11 @@ from dtm_fast.compression import Configuration
 from dtm_fast.measure import Probes, ReferenceEvaluator
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
     """No test writes into the user's cache.

@@ -109,12 +109,14 @@ def arguments(larger_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.long
 def test_a_plan_of_a_tiny_model_survives_three_kills(tmp_path, arguments):
     draw = random.Random(5)
     kills = [(draw.randint(1, 15), draw.uniform(0, 0.1)) for _ in range(3)]
     assert_survives_kills(tmp_path, [*arguments, "--every", 20], kills, 112 + 6)
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_a_plan_of_smollm2_keeps_through_kills_what_it_measured(tmp_path, smollm2):
     model, tokenizer = smollm2

@@ -41,6 +41,7 @@ def drawn(paths: list[str], count: int, most: int, seed: int) -> list[Configurat
     ]
 
 
+@pytest.mark.long
 def test_random_configurations_measure_as_by_the_reference(smollm2, compress_once, capsys):
     model, tokenizer = smollm2
     probes = dtm.Probes.from_text(model, tokenizer, dtm.read_documents(), 12, 24, 3)

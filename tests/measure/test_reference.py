@@ -45,6 +45,7 @@ def test_it_gives_what_a_plain_loop_gives(family, make_probes, draw_configuratio
     assert len(met) > 5  # otherwise equality would say little
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_on_smollm2_it_gives_what_a_plain_loop_gives(smollm2, draw_configuration):
     model, tokenizer = smollm2

@@ -377,6 +377,7 @@ def finished(folder: Path) -> list[tuple]:
         connection.close()
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_a_plan_killed_in_its_second_round_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes: more would only wait for each other
