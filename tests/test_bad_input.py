@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from journal_rows import finished
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config, ViTConfig
 
@@ -289,13 +290,6 @@ def swept(tiny_folder, tmp_path, text_file, command):
     return tmp_path / "run", arguments
 
 
-def rows(run: Path) -> list[tuple]:
-    connection = sqlite3.connect(run / "journal.sqlite")
-    found = connection.execute("SELECT * FROM measurements ORDER BY rowid").fetchall()
-    connection.close()
-    return found
-
-
 def assert_only_refused(ended, expected: str) -> None:
     assert (ended.code, len(ended.errors), ended.out) == (2, 1, "")
     assert re.search(expected, ended.errors[0]), ended.errors[0]
@@ -303,17 +297,17 @@ def assert_only_refused(ended, expected: str) -> None:
 
 def test_a_run_of_another_model(swept, tmp_path, command):
     run, (name, _, *options) = swept
-    before = rows(run)
+    before = finished(run)
     tiny.save(tmp_path / "other", tiny.model_of("llama", seed=1))
     assert_only_refused(command(name, tmp_path / "other", *options), "this run's model differs")
-    assert rows(run) == before
+    assert finished(run) == before
 
 
 def test_a_run_of_other_probes(swept, command):
     run, arguments = swept
-    before = rows(run)
+    before = finished(run)
     assert_only_refused(command(*arguments, "--prefix", 9), "this run's probes differs")
-    assert rows(run) == before
+    assert finished(run) == before
 
 
 def test_a_run_of_another_schema_version(swept, command):
@@ -322,10 +316,10 @@ def test_a_run_of_another_schema_version(swept, command):
     connection.execute("UPDATE meta SET value = '99' WHERE name = 'schema_version'")
     connection.commit()
     connection.close()
-    before = rows(run)
+    before = finished(run)
     assert_only_refused(command(*arguments), "written with schema version 99, this dtm_fast reads 3")
     assert_only_refused(command("report", run), "written with schema version 99, this dtm_fast reads 3")
-    assert rows(run) == before
+    assert finished(run) == before
 
 
 def test_a_run_whose_journal_is_damaged(swept, command):
@@ -355,10 +349,10 @@ def test_a_full_disk_keeps_what_was_measured_and_the_same_command_goes_on(
         command(*arguments), "the disk is full; what was measured is kept: free some space and run"
     )
     monkeypatch.setattr(sqlite3, "connect", connect)
-    before = rows(tmp_path / "full")
+    before = finished(tmp_path / "full")
     assert 0 < len(before) < 21
     assert command(*arguments).code == 0
-    after = rows(tmp_path / "full")
+    after = finished(tmp_path / "full")
     assert after[: len(before)] == before
     assert len(after) == 21
 

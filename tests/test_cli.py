@@ -1,10 +1,10 @@
 import json
 import re
-import sqlite3
 
 import pytest
 import tiny
 import torch
+from journal_rows import finished
 
 import dtm_fast as dtm
 from dtm_fast.measure import EXTRA_METRICS
@@ -177,21 +177,14 @@ def test_run_json_says_how_it_was_run(tiny_folder, tmp_path, command, options):
     assert set(said["versions"]) == {"dtm_fast", "torch", "transformers"}
 
 
-def rows(run) -> list[tuple]:
-    connection = sqlite3.connect(run / "journal.sqlite")
-    found = connection.execute("SELECT * FROM measurements ORDER BY rowid").fetchall()
-    connection.close()
-    return found
-
-
 def test_the_same_command_again_measures_nothing_and_ends_in_the_same_plan(
     tiny_folder, tmp_path, command, options
 ):
     arguments = ("plan", tiny_folder, "--run", tmp_path / "run", *options, "--min-fdt", 6, "--json")
     first = command(*arguments)
-    measured, plan = rows(tmp_path / "run"), (tmp_path / "run" / "plan.json").read_bytes()
+    measured, plan = finished(tmp_path / "run"), (tmp_path / "run" / "plan.json").read_bytes()
     again = command(*arguments)
-    assert rows(tmp_path / "run") == measured  # with the time at which each was finished
+    assert finished(tmp_path / "run") == measured  # with the time at which each was finished
     assert (tmp_path / "run" / "plan.json").read_bytes() == plan
     assert again.out == first.out
     assert f"resuming, {len(measured)} measurements are known" in again.err
@@ -199,10 +192,10 @@ def test_the_same_command_again_measures_nothing_and_ends_in_the_same_plan(
 
 def test_a_plan_takes_what_a_sweep_measured(tiny_folder, tmp_path, command, options):
     command("sweep", tiny_folder, "--run", tmp_path / "run", *options)
-    measured = rows(tmp_path / "run")
+    measured = finished(tmp_path / "run")
     command("plan", tiny_folder, "--run", tmp_path / "run", *options, "--components", 2)
-    assert rows(tmp_path / "run")[:21] == measured
-    assert len(rows(tmp_path / "run")) == 22
+    assert finished(tmp_path / "run")[:21] == measured
+    assert len(finished(tmp_path / "run")) == 22
 
 
 def test_an_empty_plan_ends_with_1(tiny_folder, tmp_path, command, options):
@@ -255,7 +248,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tiny_folder, tmp_path, comma
     assert ended.code == 130
     expected = f"interrupted: 5 measurements are kept in {tmp_path / 'run'}; the same command resumes"
     assert expected in ended.err.splitlines()
-    assert len(rows(tmp_path / "run")) == 5
+    assert len(finished(tmp_path / "run")) == 5
 
 
 def test_bfloat16_is_asked_for_and_used(tiny_folder, tmp_path, command, options):

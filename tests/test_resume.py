@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from journal_rows import finished
 
 import dtm_fast as dtm
 from dtm_fast.model import model_identity
@@ -21,19 +22,6 @@ pytestmark = pytest.mark.process
 
 def command_of(run: Path, *arguments: object) -> list[str]:
     return [sys.executable, "-m", "dtm_fast", "plan", *map(str, arguments), "--run", str(run)]
-
-
-def finished(run: Path) -> list[tuple]:
-    """All rows of the journal with the time at which each was finished, while it is written or after."""
-    if not (run / "journal.sqlite").exists():
-        return []
-    connection = sqlite3.connect(f"file:{run / 'journal.sqlite'}?mode=ro", uri=True)
-    try:
-        return connection.execute("SELECT * FROM measurements ORDER BY rowid").fetchall()
-    except sqlite3.OperationalError:  # the process has not made the table yet
-        return []
-    finally:
-        connection.close()
 
 
 def hear_interrupts() -> None:

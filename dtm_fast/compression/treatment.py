@@ -81,7 +81,7 @@ class Treatment(ABC):
             return
         if component.inputs is None:
             raise TreatmentError(
-                f"{component.path}: {self.key} looks at the model's activations: give the evaluator "
+                f"{component.path}: {self.key} looks at the model's activations: it needs "
                 "calibration=Calibration.from_text(model, tokenizer, documents)"
             )
         if component.inputs.count == 0:

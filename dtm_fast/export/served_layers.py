@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""vLLM's name of a layer → the modules of a checkpoint that it holds as one matrix."""
+from dtm_fast.plan.units import FUSED
 
 _CLASSES = {
     "qkv_proj": "QKVParallelLinear",

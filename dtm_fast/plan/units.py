@@ -7,7 +7,8 @@ from dtm_fast.model import Decoder
 Unit: TypeAlias = tuple[str, ...]
 """Components that get the same treatment or none, by their paths in depth order."""
 
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""vLLM's name of a layer → the modules of a checkpoint that it holds as one matrix."""
 
 
 def units(decoder: Decoder, fused: bool = False) -> list[Unit]:
@@ -27,9 +28,9 @@ def units(decoder: Decoder, fused: bool = False) -> list[Unit]:
     Returns:
         A unit stands where its first component does.
     """
-    found: dict[tuple[str, int | str], list[str]] = {}
+    layers = {name: layer for layer, names in FUSED.items() for name in names} if fused else {}
+    found: dict[tuple[str, str], list[str]] = {}
     for path in decoder.components:
         parent, _, name = path.rpartition(".")
-        sets = [index for index, names in enumerate(_TOGETHER) if fused and name in names]
-        found.setdefault((parent, sets[0] if sets else name), []).append(path)
+        found.setdefault((parent, layers.get(name, name)), []).append(path)
     return [tuple(paths) for paths in found.values()]

@@ -64,7 +64,7 @@ def test_what_looks_at_inputs_needs_a_calibration_and_says_how_to_give_one(llama
     with pytest.raises(TreatmentError) as error:
         check_configuration(Decoder.of(llama), {UP: treatment})
     assert str(error.value) == (
-        f"{UP}: {treatment.key} looks at the model's activations: give the evaluator "
+        f"{UP}: {treatment.key} looks at the model's activations: it needs "
         "calibration=Calibration.from_text(model, tokenizer, documents)"
     )
     calibration = Calibration.collect(llama, torch.randint(3, 100, (2, 20)), cache=False)

@@ -140,7 +140,7 @@ def test_llm_int8_of_a_probe_does_not_depend_on_the_batch(llama, make_probes):
         (
             False,
             dtm.GPTQ(16),
-            f"{UP}: gptq(16) looks at the model's activations: give the evaluator "
+            f"{UP}: gptq(16) looks at the model's activations: it needs "
             "calibration=Calibration.from_text(model, tokenizer, documents)",
         ),
     ],

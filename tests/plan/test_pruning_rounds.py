@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from journal_rows import finished
 from made_up import MadeUpEvaluator, N
 
 import dtm_fast as dtm
@@ -362,19 +362,6 @@ def started(*folders: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def finished(folder: Path) -> list[tuple]:
-    """All rows of the journal with the time at which each was finished, while it is written or after."""
-    if not (folder / "journal.sqlite").exists():
-        return []
-    connection = sqlite3.connect(f"file:{folder / 'journal.sqlite'}?mode=ro", uri=True)
-    try:
-        return connection.execute("SELECT * FROM measurements ORDER BY rowid").fetchall()
-    except sqlite3.OperationalError:  # the process has not made the table yet
-        return []
-    finally:
-        connection.close()
 
 
 @pytest.mark.long
