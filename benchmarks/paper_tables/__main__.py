@@ -51,19 +51,19 @@ def main(given: Sequence[str] | None = None) -> int:
     folder = options.run or Path("runs") / ("paper-quick" if options.quick else "paper")
     lab = Laboratory(scale, folder, options.device)
     out = options.out or folder / "tables.json"
-    report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"tables": {}, "seconds": {}}
-    report |= {
-        "machine": machine.describe() | {"device": page.device_name(options.device)},
-        "quick": options.quick,
-        "scale": vars(scale),
-    }
+    report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for name in options.only:
-        started = time.perf_counter()
         print(f"{name} …", flush=True)
-        report["tables"][name] = TABLES[name](lab)
-        report["seconds"][name] = time.perf_counter() - started
+        started = time.perf_counter()
+        found = TABLES[name](lab)
+        report[name] = {
+            "table": found,
+            "seconds": time.perf_counter() - started,
+            "machine": machine.describe() | {"device": page.device_name(options.device)},
+            "scale": vars(scale),
+        }
         out.write_text(json.dumps(report, indent=1) + "\n")
-        print("\n".join(page.table(name, report)), f"\n{report['seconds'][name]:.0f} s\n", flush=True)
+        print("\n".join(page.lines(name, report[name])), "\n", flush=True)
     lab.close()
     return 0
 

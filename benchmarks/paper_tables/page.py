@@ -1,4 +1,4 @@
-"""The tables as Markdown: python -m benchmarks.paper_tables.page TABLES.json writes them into docs/results.md.
+"""The tables as Markdown: python -m benchmarks.paper_tables.page TABLES.json … writes them into docs/results.md.
 
 What is read out of them stands between the tables, by hand, and stays.
 """
@@ -21,29 +21,28 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
-def table(name: str, report: dict[str, Any]) -> list[str]:
-    """One table's lines."""
-    found = report["tables"][name]
+def lines(name: str, measured: dict[str, Any]) -> list[str]:
+    """One table, and where and how it was measured."""
+    found = measured["table"]
     if name == "discriminability":
-        return _discriminability(found)
-    if name == "joint":
-        return _joint(found)
-    if name == "pruning":
-        return [*_measurements(found["rows"]), "", *_sparsity(found)]
-    return _measurements(found)
+        table = _discriminability(found)
+    elif name == "joint":
+        table = _joint(found)
+    elif name == "pruning":
+        table = [*_measurements(found["rows"]), "", *_sparsity(found)]
+    else:
+        table = _measurements(found)
+    return [*table, "", _about(measured)]
 
 
-def about(report: dict[str, Any]) -> list[str]:
-    """Where and how it was measured."""
-    machine, scale = report["machine"], report["scale"]
-    minutes = sum(report["seconds"].values()) / 60
-    return [
-        f"SmolLM2-135M-Instruct in float32 on {machine['device']} ({machine['cpu_model']}), torch {machine['torch']}, "
-        f"{machine['date']}, commit {machine['git_sha']}; {minutes:.0f} minutes for the tables below.",
-        f"{scale['probes']} probes choose and {scale['judges']} others judge, of {scale['prefix']} + "
-        f"{scale['completion']} tokens each from the language reference of CPython. All figures are of the probes that "
-        "judge; means, with 95% bootstrap intervals over the probes.",
-    ]
+def _about(measured: dict[str, Any]) -> str:
+    machine, scale = measured["machine"], measured["scale"]
+    where = machine["cpu_model"] if machine["device"] == "cpu" else machine["device"]
+    chosen = f"{scale['probes']} probes of {scale['prefix']} + {scale['completion']} tokens chose"
+    measured_in = (
+        f"{measured['seconds'] / 60:.0f} minutes on {where}, torch {machine['torch']}, {machine['date']}"
+    )
+    return f"*{chosen}, {scale['judges']} others judge. {measured_in}, commit {machine['git_sha']}.*"
 
 
 def _measurements(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -118,11 +117,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def write(report: dict[str, Any], page: str) -> str:
-    """``page`` with every table that it has a place for, and ``about``, renewed."""
-    parts = {name: table(name, report) for name in report["tables"]} | {"about": about(report)}
-    for name, lines in parts.items():
+    """``page`` with every table of the report that it has a place for renewed."""
+    for name, measured in report.items():
         marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        inside = "\n".join((marks[0], *lines, marks[1]))
+        inside = "\n".join((marks[0], *lines(name, measured), marks[1]))
         page = re.sub(
             f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", lambda _, new=inside: new, page, flags=re.S
         )
@@ -130,4 +128,5 @@ def write(report: dict[str, Any], page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(write(json.loads(Path(sys.argv[1]).read_text()), PAGE.read_text()))
+    for each in sys.argv[1:]:
+        PAGE.write_text(write(json.loads(Path(each).read_text()), PAGE.read_text()))
