@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from benchmarks import machine
@@ -36,10 +37,13 @@ def main(given: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="a few minutes: few short probes, no figures to quote"
     )
     parser.add_argument(
-        "--run", type=Path, help="the run directory, by default runs/paper or runs/paper-quick"
+        "--run",
+        type=Path,
+        help="the run directory, by default runs/paper or runs/paper-quick; one for each dtype",
     )
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES), help="some tables")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the model")
     parser.add_argument("--scale", default="{}", help="JSON of what to do otherwise than the whole run does")
     parser.add_argument("--out", type=Path, help="the JSON file, by default in the run directory")
     options = parser.parse_args(given)
@@ -49,7 +53,7 @@ def main(given: Sequence[str] | None = None) -> int:
     changes = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(options.scale).items()}
     scale = type(known)(**{**vars(known), **changes})
     folder = options.run or Path("runs") / ("paper-quick" if options.quick else "paper")
-    lab = Laboratory(scale, folder, options.device)
+    lab = Laboratory(scale, folder, options.device, getattr(torch, options.dtype))
     out = options.out or folder / "tables.json"
     report: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     for name in options.only:
@@ -59,6 +63,7 @@ def main(given: Sequence[str] | None = None) -> int:
         report[name] = {
             "table": found,
             "seconds": time.perf_counter() - started,
+            "dtype": options.dtype,
             "machine": machine.describe() | {"device": page.device_name(options.device)},
             "scale": vars(scale),
         }

@@ -103,7 +103,7 @@ class Laboratory:
     probes is partly luck, and luck does not carry over.
     """
 
-    def __init__(self, scale: Scale, folder: Path, device: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, scale: Scale, folder: Path, device: str, dtype: torch.dtype) -> None:
         self.scale = scale
         self.folder = folder
         self.started = time.perf_counter()

