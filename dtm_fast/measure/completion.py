@@ -1,6 +1,7 @@
 """The base model's greedy completion of a batch of prefixes, the same text its teacher-forced pass chooses."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -8,19 +9,31 @@ from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.forward import choice, logits_before
 
 
-@torch.no_grad()
 def greedy(model: PreTrainedModel, tokens: Tensor, length: int) -> Tensor:
     """``tokens`` [b, n] continued to ``length`` tokens by argmax with a key-value cache; int64 [b, length].
 
     Ends at no end-of-text token: the metrics compare completions of one length.
     """
-    cache, step = None, tokens
-    while tokens.shape[1] < length:
+    b, n = tokens.shape
+    return _written_behind(model, F.pad(tokens, (0, length - n)), torch.full((b,), n))
+
+
+@torch.no_grad()
+def _written_behind(model: PreTrainedModel, tokens: Tensor, agreed: Tensor) -> Tensor:
+    """``tokens`` [b, L] with what stands behind the first ``agreed`` [b] tokens of each row written anew.
+
+    All rows at once, from the end of the shortest on: a step costs about as much for all as for one, for it reads every
+    weight once.
+    """
+    tokens, begin = tokens.clone(), int(agreed.min())
+    cache, step = None, tokens[:, :begin]
+    for position in range(begin, tokens.shape[1]):
         output = model(
             input_ids=step.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        cache, step = output.past_key_values, choice(output.logits[:, -1:]).to(tokens.device)
-        tokens = torch.cat([tokens, step], dim=1)
+        cache, chosen = output.past_key_values, choice(output.logits[:, -1:]).to(tokens.device)
+        step = torch.where((agreed > position)[:, None], tokens[:, position : position + 1], chosen)
+        tokens[:, position : position + 1] = step
     return tokens
 
 
@@ -50,9 +63,9 @@ def teacher_forced_greedy(model: PreTrainedModel, prefixes: Tensor, completion: 
         differs = chosen != tokens[:, n:]
         if not differs.any():
             return tokens, corrected
-        for row in differs.any(dim=1).nonzero().flatten().tolist():
-            first = int(differs[row].nonzero()[0])
-            agreed = torch.cat([tokens[row, : n + first], chosen[row, first : first + 1]])
-            tokens[row] = greedy(model, agreed[None], n + completion)[0]
-            corrected += 1
+        rows = differs.any(dim=1).nonzero().flatten()
+        first = n + differs[rows].byte().argmax(dim=1)
+        tokens[rows, first] = chosen[rows, first - n]
+        tokens[rows] = _written_behind(model, tokens[rows], first + 1)
+        corrected += len(rows)
     raise MeasurementError("the model chooses other tokens each time it reads the same text")
