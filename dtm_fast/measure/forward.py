@@ -1,10 +1,14 @@
 """One plain teacher-forced pass of a Hugging Face model, and what is read off its logits."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dtm_fast.errors import MeasurementError
+
+_ROWS = 32
 
 
 @torch.no_grad()
@@ -56,8 +60,12 @@ def lead(logits: Tensor, reference: Tensor) -> Tensor:
 
 def negative_log_likelihood(logits: Tensor, reference: Tensor) -> Tensor:
     """``F.cross_entropy(logits, reference)`` per position, in nats, computed in float32; [b, N]."""
-    logits = logits.float()
-    return logits.logsumexp(dim=-1) - logits.gather(-1, reference.unsqueeze(-1)).squeeze(-1)
+
+    def of_rows(logits: Tensor, reference: Tensor) -> Tensor:
+        logits = logits.float()
+        return logits.logsumexp(dim=1) - logits.gather(1, reference[:, None])[:, 0]
+
+    return _few_at_a_time(of_rows, logits, reference)
 
 
 def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
@@ -67,5 +75,17 @@ def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
         base: logits of the base model [b, N, V].
         other: logits of the compressed model [b, N, V].
     """
-    log_base = base.float().log_softmax(dim=-1)
-    return (log_base.exp() * (log_base - other.float().log_softmax(dim=-1))).sum(dim=-1)
+
+    def of_rows(base: Tensor, other: Tensor) -> Tensor:
+        base, other = base.float(), other.float()
+        partition = base.logsumexp(dim=1)
+        expected: Tensor = torch.linalg.vecdot((base - partition[:, None]).exp(), base - other)
+        return expected - (partition - other.logsumexp(dim=1))
+
+    return _few_at_a_time(of_rows, base, other)
+
+
+def _few_at_a_time(of_rows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``of_rows`` of the positions of ``tensors`` [b, N, ...]: what it makes of their logits stays in the cache."""
+    rows = (tensor.flatten(0, 1).split(_ROWS) for tensor in tensors)
+    return torch.cat([of_rows(*some) for some in zip(*rows, strict=True)]).view(tensors[0].shape[:2])
