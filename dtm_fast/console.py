@@ -163,8 +163,11 @@ def comparison_table(found: Mapping[str, Sequence[Measurement]], budgets: Sequen
         for name, measured in found.items():
             m = measured[place]
             numbers = [m.summary("fdt").p75, m.summary("fdt").mean]
-            numbers += [m.summary(each).mean for each in ("sdt", "dppl", "perplexity", "kl")]
-            table.add_row(f"{budget:g}", name, str(len(m.configuration)), *map(_number, numbers))
+            others = [
+                "" if getattr(m, each) is None else _number(m.summary(each).mean)
+                for each in ("sdt", "dppl", "perplexity", "kl")
+            ]
+            table.add_row(f"{budget:g}", name, str(len(m.configuration)), *map(_number, numbers), *others)
     return table
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 import dtm_fast as dtm
-from dtm_fast.plan import Plan, reached_by
+from dtm_fast.errors import TrainingError
+from dtm_fast.plan import Plan, reached_by, recovered_rounds
 from dtm_fast.runs import RunDirectory
 
 SMALL = ("--prefix", 8, "--completion", 12, "--probes", 4)
@@ -60,6 +61,30 @@ def test_what_other_criteria_choose(search, tmp_path):
     assert "Chosen by" in ended.out
 
 
+def test_criteria_share_the_measurements_of_single_components(search, tmp_path):
+    ended, _ = search("compare", "--budget", 13, "--prefix", 1)
+    assert ended.code == 0, ended.err
+    stored = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    # Prefixes of one token have no perplexity.
+    assert [row["by"] for row in stored["rows"]] == ["fdt", "sdt", "dppl", "kl", "layer error", "gradient"]
+    with RunDirectory.read(tmp_path / "run") as directory:
+        assert 22 < len(directory.journal) <= 22 + 6
+
+
+def test_a_training_that_fails_is_said_in_one_line(search, text_file, monkeypatch, capsys):
+    def fail(*_):
+        raise TrainingError("recovery, step 1 of 4 (masked): the loss is nan")
+
+    monkeypatch.setattr(recovered_rounds, "recover", fail)
+    arguments = ("--steps", 20, "--recover", text_file, "--batch", 2, "--length", 16)
+    ended, plan = search("prune", *arguments, "--masked-steps", 3, "--unmasked-steps", 1)
+    assert (ended.code, ended.errors, plan) == (
+        1,
+        ["error: recovery, step 1 of 4 (masked): the loss is nan"],
+        None,
+    )
+
+
 def test_treatments_that_look_at_activations(search):
     ended, plan = search("plan", "--treatment", "prune(0.5,wanda)", "--components", 3)
     assert ended.code == 0, ended.err
@@ -82,11 +107,24 @@ def test_treatments_that_look_at_activations(search):
         ),
         (("beam", "--depth", 99), "depth: 1 … 21 (units), not 99"),
         (("compare", "--budget", 8, "--by", "taste"), "no harm 'taste'; known: fdt, sdt"),
+        (
+            ("compare", "--budget", 8, "--by", "perplexity", "--prefix", 1),
+            "needs prefixes of at least 2 tokens, not 1",
+        ),
+        (("joint", "--budget", 11, "--refinements", -1), "refinements: a whole number of at least 0, not -1"),
+        (("sweep", "--memory", "inf"), "memory: 0 to 1048576 GiB, not inf"),
+        (("sweep", "--memory", "nan"), "memory: 0 to 1048576 GiB, not nan"),
+        (
+            ("prune", "--recover", "{text}", "--masked-steps", 1, "--batch", 2, "--length", 500),
+            "length 500 is beyond the model's context of 128 tokens",
+        ),
     ],
     ids=str,
 )
-def test_what_cannot_be_searched_is_refused_before_anything_is_measured(search, tmp_path, arguments, message):
-    ended, plan = search(*arguments)
+def test_what_cannot_be_searched_is_refused_before_anything_is_measured(
+    search, tmp_path, text_file, arguments, message
+):
+    ended, plan = search(*(str(text_file) if each == "{text}" else each for each in arguments))
     assert (ended.code, plan) == (2, None)
     (line,) = ended.errors
     assert message in line
@@ -114,11 +152,24 @@ def test_a_plan_for_another_model_is_not_exported(search, command, tiny_folder, 
     ended = command("export", tiny_folder, file, tmp_path / "exported")
     assert ended.code == 2
     assert "made for another model" in ended.errors[0]
-    file.write_text('{"format": 2, ')
+    file.write_text('{"format": 3, ')
     ended = command("export", tiny_folder, file, tmp_path / "exported")
     assert (ended.code, len(ended.errors)) == (2, 1)
     assert str(file) in ended.errors[0]
     assert not (tmp_path / "exported").exists()
+
+
+def test_llama_quantize_is_told_nothing_where_the_export_cannot_be(search, command, tiny_folder, tmp_path):
+    search("plan", "--treatment", "gptq(16)", "--components", 2)
+    run, file = tmp_path / "run", tmp_path / "types.txt"
+    ended = command("export", tiny_folder, run / "plan.json", tmp_path / "out", "--llama-quantize", file)
+    assert (ended.code, len(ended.errors)) == (2, 1)
+    assert "llama-quantize has nothing like gptq(16)" in ended.errors[0]
+    search("plan", "--treatment", "int8", "--components", 2)
+    ended = command("export", tiny_folder, run / "plan.json", run, "--llama-quantize", file)
+    assert (ended.code, len(ended.errors)) == (2, 1)
+    assert "there is something already" in ended.errors[0]
+    assert not file.exists()
 
 
 def test_the_plan_of_a_file_is_accelerated_and_restored(search, tiny_folder):

@@ -14,7 +14,7 @@ from dtm_fast import console
 from dtm_fast.cli import checkpoints, searches
 from dtm_fast.cli.options import AsJson
 from dtm_fast.cli.setting import print_json, write_report_of
-from dtm_fast.errors import InputError, MeasurementError
+from dtm_fast.errors import InputError, MeasurementError, TrainingError
 from dtm_fast.ops import backend_info
 from dtm_fast.runs import RunDirectory
 
@@ -64,6 +64,6 @@ def main() -> None:
     except InputError as error:
         console.show_error(str(error))
         sys.exit(2)
-    except MeasurementError as error:
+    except (MeasurementError, TrainingError) as error:
         console.show_error(str(error))
         sys.exit(1)

@@ -24,6 +24,7 @@ from dtm_fast.cli.options import (
 from dtm_fast.cli.setting import print_json, summaries
 from dtm_fast.errors import ModelError
 from dtm_fast.export import export_checkpoint, export_llama_quantize, load_export, validate
+from dtm_fast.export.checkpoint import check_free
 from dtm_fast.measure import DEFAULT_SOURCE, EXTRA_METRICS, Probes, ReferenceEvaluator, read_documents
 from dtm_fast.model import Calibration, Decoder, load_model
 from dtm_fast.plan import Plan, Stop
@@ -92,9 +93,9 @@ def export(
     calibrated = None
     if any(treatment.needs_inputs for treatment in made.configuration.values()):
         calibrated = Calibration.from_text(loaded, tokenizer, read_documents(calibration))
-    made.check(Decoder.of(loaded, calibrated))
+    check_free(folder)
     if llama_quantize is not None:
-        export_llama_quantize(made, Decoder.of(loaded), llama_quantize)
+        export_llama_quantize(made, Decoder.of(loaded, calibrated), llama_quantize)
     said = export_checkpoint(loaded, tokenizer, made, folder, calibration=calibrated, for_vllm=for_vllm)
     written = [folder] if llama_quantize is None else [folder, llama_quantize]
     if as_json:

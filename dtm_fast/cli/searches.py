@@ -26,6 +26,7 @@ from dtm_fast.plan import (
     beam_search,
     check_every,
     check_harms,
+    check_refinements,
     check_steps,
     compare,
     joint_search,
@@ -107,13 +108,15 @@ def prune_command(
     ] = ",".join(f"{100 * step:g}" for step in PAPER_STEPS),
     recover: Annotated[
         str | None,
-        typer.Option(help="Train after each round, on this text; as --text. The model in the last round-*."),
+        typer.Option(
+            help="Train after each round, on this text; as --text. The model in round-R, R the number of steps."
+        ),
     ] = None,
-    masked_steps: Annotated[int, typer.Option(help="Of training, with the mask.")] = 450,
-    unmasked_steps: Annotated[int, typer.Option(help="Of training, after them and without it.")] = 50,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 256,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-4,
+    masked_steps: Annotated[int, typer.Option(help="Of --recover, with the mask.")] = 450,
+    unmasked_steps: Annotated[int, typer.Option(help="Of --recover, after them and without it.")] = 50,
+    batch: Annotated[int, typer.Option(help="Sequences in a step of --recover.")] = 256,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence of --recover.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="Of --recover, the highest.")] = 1e-4,
     as_json: AsJson = False,
 ) -> None:
     """Prunes in rounds, each component as far as its FDT allows; with --recover trains after each, as the paper."""
@@ -161,7 +164,7 @@ def beam_command(
     metrics_for(by, setting.prefix)
 
     def expected(size: int) -> int:
-        return depth * width * min(among or size, size)
+        return depth * width * min(among or size, size) * len(treatments)
 
     with session(setting, treatments, "beam", expected, quiet=as_json) as running:
         found = beam_search(
@@ -187,6 +190,7 @@ def joint_command(
 ) -> None:
     """Chooses for each component whether to prune, to quantize or to keep it, within a size; shows the front."""
     treatments = [parse_treatment(each) for each in treatment]
+    check_refinements(refinements)
 
     def expected(size: int) -> int:
         return size * len(treatments) + len(budget) * (3 + refinements * (2 * size + 4))
@@ -207,13 +211,17 @@ def compare_command(
     as_json: AsJson = False,
 ) -> None:
     """What choosing by FDT buys: what other criteria choose within the same size, and what that does."""
-    treatments, criteria = [parse_treatment(each) for each in treatment], by or [*MEASURED, *PREDICTED]
+    treatments = [parse_treatment(each) for each in treatment]
+    of_the_prefix = [] if setting.prefix > 1 else ["perplexity"]
+    criteria = by or [each for each in (*MEASURED, *PREDICTED) if each not in of_the_prefix]
     check_harms(criteria)
+    if "perplexity" in criteria:
+        metrics_for("perplexity", setting.prefix)
 
     def expected(size: int) -> int:
         return (
             1
-            + size * len(treatments) * sum(each in MEASURED for each in criteria)
+            + size * len(treatments) * any(each in MEASURED for each in criteria)
             + len(budget) * len(criteria)
         )
 

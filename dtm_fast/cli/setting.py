@@ -50,6 +50,7 @@ from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.runs import RunDirectory
 from dtm_fast.version import __version__
 
+_MOST_GIB = 2**20
 _LAYERS: tuple[Literal["auto", "fused", "transformers"], ...] = ("auto", "fused", "transformers")
 
 
@@ -122,8 +123,8 @@ def check_evaluator(name: str, memory: float | None) -> None:
     known = (*_LAYERS, "reference")
     if name not in known:
         raise InputError(f"no evaluator {name!r}; known: {', '.join(known)}")
-    if memory is not None and not memory >= 0:
-        raise InputError(f"memory: at least 0 GiB, not {memory:g}")
+    if memory is not None and not 0 <= memory <= _MOST_GIB:
+        raise InputError(f"memory: 0 to {_MOST_GIB} GiB, not {memory:g}")
 
 
 @contextmanager

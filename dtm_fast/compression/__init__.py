@@ -5,6 +5,7 @@ from dtm_fast.compression.applied import Change
 from dtm_fast.compression.configuration import (
     Configuration,
     check_configuration,
+    check_origin,
     configuration_from_json,
     configuration_identity,
     configuration_to_json,
@@ -41,6 +42,7 @@ __all__ = [
     "accelerate",
     "blocks_of",
     "check_configuration",
+    "check_origin",
     "compressed_weight",
     "configuration_bits",
     "configuration_from_json",

@@ -11,10 +11,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from dtm_fast.compression.configuration import Configuration, check_configuration
+from dtm_fast.compression.configuration import Configuration, check_configuration, check_origin
 from dtm_fast.compression.placement import Placement, treated, untreated, why_not_replaced
-from dtm_fast.errors import InputError, ModelError
-from dtm_fast.model import Calibration, Component, Decoder, model_identity
+from dtm_fast.errors import ModelError
+from dtm_fast.model import Calibration, Component, Decoder
+from dtm_fast.nn.linear_layer import LinearLayer
 
 _RECORD = "_dtm_fast_accelerated"
 
@@ -124,7 +125,7 @@ def accelerate(
 
     Raises (and then leaves the model as it was):
         ComponentError, TreatmentError: the configuration does not fit the model.
-        InputError: the plan was made for another model.
+        InputError: the plan was made for another model, or with another calibration.
         ModelError: the model is accelerated already, has no components, or has one that cannot be replaced; the
             calibration is of another model.
     """
@@ -161,12 +162,19 @@ def accelerate(
     )
 
 
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether layers on our kernels are in it, as ``accelerate`` and ``load_export`` put them there."""
+    return _RECORD in vars(model) or any(isinstance(module, LinearLayer) for module in model.modules())
+
+
 def restore(model: nn.Module) -> None:
     """Takes out what ``accelerate`` put in: the very same modules with the very same parameters are back.
 
     What was done to the whole model in the meantime is done to them: each is moved to the device where its layer is
     now, cast if the model's dtype is another now, and put in its layer's mode (train or eval). What was trained, or
-    loaded into the layers, goes with these. A model that is not accelerated stays as it is.
+    loaded into the layers, is lost with these; but where ``accelerate`` without a plan put an ``nn.MaskedLinear`` that
+    keeps all, that has the component's own weight, and what was loaded into it stays. A model that is not accelerated
+    stays as it is.
 
     Args:
         model: that ``accelerate`` was called with, or a copy of it.
@@ -205,11 +213,7 @@ def _planned(
     identity = getattr(plan, "model", "")
     configuration: Configuration = getattr(plan, "configuration", plan)  # type: ignore[arg-type]
     check_configuration(decoder, configuration)
-    if identity and identity != (own := model_identity(decoder.model)):
-        raise InputError(
-            f"plan: made for another model ({identity[:12]}…) than this one ({own[:12]}…); "
-            "its configuration alone can be given for any that has the components"
-        )
+    check_origin(decoder, configuration, identity, getattr(plan, "calibration", ""))
     for path in configuration:
         reason = why_not(decoder.components[path])
         if reason is not None:

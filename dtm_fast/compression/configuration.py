@@ -7,8 +7,8 @@ from typing import TypeAlias
 
 from dtm_fast.compression.parsing import parse_treatment
 from dtm_fast.compression.treatment import Treatment
-from dtm_fast.errors import TreatmentError
-from dtm_fast.model import Decoder
+from dtm_fast.errors import InputError, TreatmentError
+from dtm_fast.model import Decoder, model_identity
 
 Configuration: TypeAlias = Mapping[str, Treatment]
 
@@ -22,6 +22,28 @@ def check_configuration(decoder: Decoder, configuration: Configuration) -> None:
         if not isinstance(treatment, Treatment):
             raise TreatmentError(f"{path}: {treatment!r} is not a treatment, such as dtm_fast.Int8()")
         treatment.check(component)
+
+
+def check_origin(decoder: Decoder, configuration: Configuration, model: str, calibration: str) -> None:
+    """Raises InputError if a configuration was measured with another model or calibration than the decoder's.
+
+    Args:
+        decoder: that it is to be applied to.
+        configuration: fits the decoder.
+        model: identity of the model that it was measured on; empty where that is not known.
+        calibration: the same of the calibration; it matters if a treatment looks at inputs.
+    """
+    if model and model != (own := model_identity(decoder.model)):
+        raise InputError(
+            f"plan: made for another model ({model[:12]}…) than this one ({own[:12]}…); "
+            "its configuration alone can be given for any that has the components"
+        )
+    inputs_matter = any(treatment.needs_inputs for treatment in configuration.values())
+    if inputs_matter and calibration and calibration != (own := decoder.calibration):
+        raise InputError(
+            f"plan: measured with another calibration ({calibration[:12]}…) than this one ({own[:12]}…): "
+            "other text, or another count or length"
+        )
 
 
 def configuration_to_json(configuration: Configuration) -> dict[str, str]:

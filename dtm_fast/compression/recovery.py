@@ -29,7 +29,7 @@ from dtm_fast.compression.recovery_settings import Recovery
 from dtm_fast.compression.treatment import Treatment
 from dtm_fast.errors import InputError, ModelError, RunError, TrainingError, TreatmentError
 from dtm_fast.model import Decoder, model_identity
-from dtm_fast.model.soundness import first_line
+from dtm_fast.model.soundness import check_storable, first_line
 from dtm_fast.runs import RunDirectory
 
 _MODEL, _LOSSES = "model", "losses.json"
@@ -67,10 +67,10 @@ def recover(
     Memory: 16 bytes for each weight (itself, its gradient, two moments), one for each pruned component's in the
     mask, and what ``micro_batch`` sequences take on their way through the model.
 
-    ``folder`` gets a checkpoint before the first step and after every ``checkpoint_every``. At the end they make
-    room for ``losses.json`` ({"masked": number of steps, "losses": those of all steps}) and ``model/``. Called again
-    with the same arguments, the model as it was at first, it goes on from the last checkpoint and ends in the same
-    bits as if it had not been interrupted, given the same machine and number of threads. If it was finished, the
+    ``folder`` gets a checkpoint before the first step, after every ``checkpoint_every`` and after the last. Then they
+    make room for ``losses.json`` ({"masked": number of steps, "losses": those of all steps}) and ``model/``. Called
+    again with the same arguments, the model as it was at first, it goes on from the last checkpoint and ends in the
+    same bits as if it had not been interrupted, given the same machine and number of threads. If it was finished, the
     model gets the stored weights at once.
 
     Args:
@@ -82,7 +82,7 @@ def recover(
 
     Raises:
         InputError: tokens are none, of another length than settings', or not of this model's vocabulary.
-        ModelError: the model is not float32, or nothing of it can be trained.
+        ModelError: the model is not float32, nothing of it can be trained, or it could not be saved.
         ComponentError, TreatmentError: the configuration does not fit the model, or has other treatments.
         RunError: the folder is of other arguments, in use, damaged or not writable.
         TrainingError: a loss, gradient or weight is NaN or infinite; the model is put back to the last checkpoint,
@@ -91,7 +91,7 @@ def recover(
     Source: Deiseroth et al. 2023 (papers.md §1.5); what it does not say is decided in ``Recovery``.
     """
     decoder = Decoder.of(model)
-    _check(decoder, configuration, tokens, settings)
+    check_training(decoder, configuration, tokens, settings)
     identity = {
         "model": model_identity(model),
         "configuration": configuration_identity(configuration),
@@ -113,8 +113,10 @@ def recover(
     return Recovered(found["masked"], found["losses"], folder / _MODEL)
 
 
-def _check(decoder: Decoder, configuration: Configuration, tokens: Tensor, settings: Recovery) -> None:
-    """Refuses what cannot be trained, before anything is changed."""
+def check_training(
+    decoder: Decoder, configuration: Configuration, tokens: Tensor, settings: Recovery
+) -> None:
+    """Refuses what ``recover`` cannot train, before anything is changed; raises as it does."""
     if isinstance(configuration, Mapping):
         for path, treatment in configuration.items():
             # The mask is made again from the model alone when a training goes on.
@@ -125,6 +127,7 @@ def _check(decoder: Decoder, configuration: Configuration, tokens: Tensor, setti
                     f"{path}: recovery trains what is pruned by magnitude or dropped, not {treatment.key}"
                 )
     check_configuration(decoder, configuration)
+    check_storable(decoder.model)
     for name, parameter in decoder.model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ModelError(
@@ -132,6 +135,8 @@ def _check(decoder: Decoder, configuration: Configuration, tokens: Tensor, setti
             )
     if not any(parameter.requires_grad for parameter in decoder.model.parameters()):
         raise ModelError("recovery: no weight of the model requires a gradient")
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"tokens: expected int64 [S, {settings.length}], got {type(tokens).__name__}")
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] != settings.length:
         raise InputError(
             f"tokens: expected int64 [S, {settings.length}], got {tokens.dtype} {list(tokens.shape)}"
@@ -202,8 +207,7 @@ def _train(
                 # The next step would find a weight that is none, but then it would be in the checkpoint.
                 for name, weight in weights.items():
                     _check_finite(f"sum of {name}", weight.detach().sum(dtype=torch.float64), step, settings)
-                if not last:
-                    save_checkpoint(folder, weights, optimizer, losses)
+                save_checkpoint(folder, weights, optimizer, losses)
     except TrainingError as error:
         good = latest_checkpoint(folder)
         assert good is not None

@@ -27,7 +27,8 @@ class SparseGPT(Treatment):
 
     Where a block of columns begins, those of its weights go that cost least, w² / [H_F⁻¹]_jj, of all rows together and
     as the columns before have changed them; of a pattern N:M, of each row's M. All blocks take the same share, so that
-    ``round(sparsity * N * K)`` go in all, and beside them the weights of channels that are 0 in all inputs.
+    ``round(sparsity * N * K)`` go in all: first those of channels that are 0 in all inputs, and all of these even where
+    they are more.
 
     The inputs are the base model's, so that a component's weight depends on nothing else that is compressed.
     SparseGPT's own script goes layer by layer, and takes the inputs that come out of the layers pruned before.

@@ -12,7 +12,7 @@ from dtm_fast.errors import InputError
 
 
 def blocks_of(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int, count: int, skip: int = 0
+    tokenizer: PreTrainedTokenizerBase, documents: str | Iterable[str], length: int, count: int, skip: int = 0
 ) -> Tensor:
     """The first ``count`` blocks of the documents' tokens, one document after the other.
 
@@ -22,7 +22,7 @@ def blocks_of(
 
     Args:
         tokenizer: the model's.
-        documents: read in this order, and no further than needed; may be a stream.
+        documents: one or several, read in this order and no further than needed; may be a stream.
         length: tokens in a block, at least 1.
         count: the most blocks to make, at least 1.
         skip: documents to leave out at the beginning: those that the probes are made from (``documents[:skip]``),
@@ -40,7 +40,7 @@ def blocks_of(
     end = tokenizer.eos_token_id
     texts: list[Tensor] = []
     total = 0
-    for document in islice(documents, skip, None):
+    for document in islice([documents] if isinstance(documents, str) else documents, skip, None):
         ids = tokenizer(document, verbose=False).input_ids
         if end is not None and ids[-1:] != [end]:
             ids.append(end)

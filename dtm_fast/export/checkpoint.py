@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dtm_fast.compression import Change
+from dtm_fast.compression.accelerated import is_accelerated
 from dtm_fast.compression.checkpoints import write_folder
-from dtm_fast.errors import ModelError, RunError, TreatmentError
+from dtm_fast.errors import InputError, ModelError, RunError, TreatmentError
 from dtm_fast.export.checkpoint_files import write_index
 from dtm_fast.export.forms import form_of, prunes, quantization_config, store
 from dtm_fast.export.masks import write_masks
@@ -18,7 +19,7 @@ from dtm_fast.export.served_layers import served_layers
 from dtm_fast.export.skeleton import linear_shapes
 from dtm_fast.export.validation import validate
 from dtm_fast.model import Calibration, Component, Decoder
-from dtm_fast.model.soundness import first_line
+from dtm_fast.model.soundness import check_storable, first_line
 from dtm_fast.plan import Plan
 
 PLAN = "dtm_plan.json"
@@ -57,20 +58,25 @@ def export_checkpoint(
         What ``validate`` says of the folder, a line each: with what vLLM would not do as the plan means it.
 
     Raises:
-        InputError: the plan is for another model, or needs a calibration.
-        ModelError: the model is quantized already.
+        InputError: the plan is for another model or another calibration.
+        ModelError: the model is quantized or accelerated already, or its generation config cannot be saved.
         TreatmentError: no form says what a treatment does (``LLMInt8``; int8 where there is no ``torch.nn.Linear``), or
             ``for_vllm`` and the plan does not treat alike what vLLM multiplies by as one matrix.
         RunError: the folder holds something, or cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if not isinstance(plan, Plan):
+        raise InputError(
+            f"plan: expected a Plan, got {type(plan).__name__}; Plan(configuration, 'by hand', {{}}) makes one"
+        )
     decoder = Decoder.of(model, calibration)
     plan.check(decoder)
-    _check_unquantized(model)
+    _check_whole(model)
+    check_storable(model)
     forms = _forms(decoder, plan)
     if for_vllm:
         _check_alike(model, forms)
-    _check_free(folder)
+    check_free(folder)
 
     def write(unfinished: Path) -> None:
         _write_model(unfinished, decoder, plan, forms)
@@ -105,10 +111,15 @@ def _forms(decoder: Decoder, plan: Plan) -> dict[str, str]:
     return forms
 
 
-def _check_unquantized(model: PreTrainedModel) -> None:
+def _check_whole(model: PreTrainedModel) -> None:
+    """The model has the weights that the plan was made for, not what became of them."""
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(
             f"{type(model).__name__}: the model is quantized already; a plan is exported from its base"
+        )
+    if is_accelerated(model):
+        raise ModelError(
+            f"{type(model).__name__}: the model is accelerated: dtm_fast.restore(model) first, or load it anew"
         )
 
 
@@ -129,7 +140,8 @@ def _more(lines: list[str]) -> str:
     return f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
 
 
-def _check_free(folder: Path) -> None:
+def check_free(folder: Path) -> None:
+    """Raises RunError unless ``folder`` is not there or empty, and can be made."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder}: there is something already; choose another folder")

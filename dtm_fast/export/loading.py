@@ -70,6 +70,7 @@ def load_export(
         )
 
     tensors = read_tensors(headers)
+    exact = all(tensors[name].dtype == chosen for path in masks if (name := f"{path}.weight") in tensors)
     quantized = {path: _quantized(folder, tensors, path, shapes[path]) for path in schemes}
     for path, (weight, scale) in quantized.items():
         tensors[f"{path}.weight"] = (weight.float() * scale).to(chosen)
@@ -81,7 +82,7 @@ def load_export(
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         model.set_submodule(path, _int8_linear(linear, *quantized[path]))
-    _put_masks(folder, model, masks)
+    _put_masks(folder, model, masks, exact)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -175,8 +176,8 @@ def _int8_linear(linear: nn.Linear, weight: Tensor, scale: Tensor) -> Int8Linear
     return layer.train(linear.training)
 
 
-def _put_masks(folder: Path, model: PreTrainedModel, masks: dict[str, Tensor]) -> None:
-    """Checks each mask, and puts a sparse layer where it is faster."""
+def _put_masks(folder: Path, model: PreTrainedModel, masks: dict[str, Tensor], exact: bool) -> None:
+    """Checks each mask, and puts a sparse layer where it is faster; ``exact`` unless weights were cast."""
     if not masks:
         return
     decoder = Decoder.of(model)
@@ -186,7 +187,7 @@ def _put_masks(folder: Path, model: PreTrainedModel, masks: dict[str, Tensor]) -
                 f"{folder}: there is a mask of {path}, which the model has not as a dense component"
             )
         component = decoder.components[path]
-        problem = check_mask(mask, component.weight)
+        problem = check_mask(mask, component.weight, exact)
         if problem is not None:
             raise ModelError(f"{folder}: {path}: {problem}")
         kind, _ = faster_layer(component.weight)

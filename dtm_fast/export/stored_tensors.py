@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from transformers import PreTrainedModel
+
 from dtm_fast.export.checkpoint_files import Header, Headers
 from dtm_fast.export.config_groups import Arguments, Group
 from dtm_fast.export.forms import PACK_QUANTIZED
@@ -37,6 +39,27 @@ def tensor_problems(
         if problem:
             problems.append(f"{module}: {problem}")
     return problems
+
+
+def missing_tensors(model: PreTrainedModel, headers: Headers) -> list[str]:
+    """One line if parameters of the model are neither stored, in any form, nor tied to others.
+
+    Where a stored name is not the model's, transformers may translate it to one that is; then nothing is said.
+
+    Args:
+        model: may be on the meta device.
+        headers: of the checkpoint.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = parameters | {name for name, _ in model.named_buffers()}
+    stored = set()
+    for name in headers:
+        module, _, kind = name.rpartition(".")
+        stored.add(f"{module}.weight" if kind in _QUANTIZED_NAMES else name)
+    missing = sorted(parameters - stored - set(model.all_tied_weights_keys))
+    if not missing or stored - known:
+        return []
+    return [f"{len(missing)} weights are missing, first: {missing[0]}"]
 
 
 def _dense_problem(own: Mapping[str, Header], shape: tuple[int, int]) -> str | None:

@@ -13,7 +13,7 @@ from dtm_fast.export.config_groups import Group, read_groups, read_ignore
 from dtm_fast.export.resolution import resolve
 from dtm_fast.export.served_layers import class_matches, name_matches, served_layers
 from dtm_fast.export.skeleton import linear_shapes, read_skeleton
-from dtm_fast.export.stored_tensors import tensor_problems
+from dtm_fast.export.stored_tensors import missing_tensors, tensor_problems
 
 
 def validate(folder: str | Path) -> list[str]:
@@ -42,14 +42,14 @@ def validate(folder: str | Path) -> list[str]:
     shapes = linear_shapes(model)
     stored = json.loads((folder / "config.json").read_text()).get("quantization_config")
     if stored is None:
-        return problems + tensor_problems({}, headers, shapes)
+        return problems + tensor_problems({}, headers, shapes) + missing_tensors(model, headers)
     groups, field_problems = read_groups(stored)
     ignore, ignore_problems = read_ignore(stored)
     problems += _sparsity_problems(stored) + field_problems + ignore_problems
     problems += _target_problems(groups, ignore, model, list(shapes))
     resolved = resolve(groups, ignore, shapes)
     problems += resolved.overlaps + resolved.torn
-    return problems + tensor_problems(resolved.schemes, headers, shapes)
+    return problems + tensor_problems(resolved.schemes, headers, shapes) + missing_tensors(model, headers)
 
 
 def _strange_files(folder: Path) -> list[str]:

@@ -60,6 +60,7 @@ class Evaluator:
         self.model = model
         self.probes = probes
         self.decoder = Decoder.of(model, calibration)
+        self._given: tuple[int | None, Literal["auto", "fused", "transformers"]] = (memory, layers)
         parts, why_not = self._fused_parts(layers)
         memory = _free_memory(model.device) // 2 if memory is None else memory
         store = TensorStore(memory)
@@ -96,6 +97,15 @@ class Evaluator:
             everyone, first = range(len(self.probes)), self.probes.prefix - 1
             hidden = fused.head_input(None, fused.exact, everyone, first, fused.positions)
         return Head(module.weight, hidden, self.probes.tokens[:, self.probes.prefix :])
+
+    def afresh(self) -> "Evaluator":
+        """The same evaluator of the model as it is now, after its weights were changed; without a calibration.
+
+        Raises:
+            ModelError: as the class.
+        """
+        memory, layers = self._given
+        return Evaluator(self.model, self.probes, memory=memory, layers=layers)
 
     def rebased(
         self,

@@ -45,6 +45,10 @@ class ReferenceEvaluator:
         self.base = model if base is None else base
         self.decoder = Decoder.of(model, calibration)
 
+    def afresh(self) -> "ReferenceEvaluator":
+        """The same evaluator of the model as it is now, after its weights were changed; without a calibration."""
+        return ReferenceEvaluator(self.model, self.probes, base=self.base)
+
     @cached_property
     def floor(self) -> Floor:
         """How far the base diverges from itself under another batch shape; two passes of the base."""

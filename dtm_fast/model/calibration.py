@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dtm_fast.cache import cache_folder
-from dtm_fast.errors import InputError
+from dtm_fast.errors import InputError, ModelError
 from dtm_fast.model.decoder import Decoder
 from dtm_fast.model.identity import model_identity
 from dtm_fast.model.input_collection import collected
@@ -59,10 +59,15 @@ class Calibration:
 
         Raises:
             InputError: tokens are none, of another dtype, not of this model's vocabulary or beyond its context.
-            ModelError: the model's layers are not found, or components share an input in some calls only.
+            ModelError: the model is in train mode, its layers are not found, or components share an input in some calls
+                only.
             MeasurementError: a component's input is NaN or infinite.
         """
         decoder = Decoder.of(model)
+        if model.training:
+            raise ModelError(
+                "calibration: the model is in train mode, where dropout changes its inputs: model.eval()"
+            )
         _check_tokens(model, tokens)
         _check_whole("batch_size", batch_size)
         of_model = model_identity(model)

@@ -78,11 +78,13 @@ class Decoder:
         model: the Hugging Face model that was looked at.
         layers: the decoder layers, first to last.
         components: path → component, in depth order.
+        calibration: identity of the calibration whose inputs the components have; empty without one.
     """
 
     model: PreTrainedModel
     layers: tuple[nn.Module, ...]
     components: dict[str, Component]
+    calibration: str = ""
 
     @classmethod
     def of(cls, model: nn.Module, calibration: Calibration | None = None) -> Decoder:
@@ -126,7 +128,8 @@ class Decoder:
                 f"components, first: {path}.{fused[0]}",
                 stacklevel=3,
             )
-        return cls(cast(PreTrainedModel, model), tuple(layers), components)
+        identity = "" if calibration is None else calibration.identity
+        return cls(cast(PreTrainedModel, model), tuple(layers), components, identity)
 
     def component(self, path: str) -> Component:
         """The component at ``path``.

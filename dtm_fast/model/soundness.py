@@ -74,6 +74,17 @@ def check_vocabulary(
         )
 
 
+def check_storable(model: PreTrainedModel) -> None:
+    """``model.save_pretrained`` would not refuse the model's generation config."""
+    try:
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.validate(strict=True)
+    except ValueError as error:
+        # The first line says that something is wrong, the second what.
+        said = " ".join(str(error).split("\n")[:2])
+        raise ModelError(f"the model's generation_config cannot be saved: {said}") from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

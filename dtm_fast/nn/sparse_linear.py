@@ -92,9 +92,16 @@ class SparseLinear(LinearLayer):
         return self.linear_of(self.weight.to_dense().to(dtype), bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`ops.sparse_linear(x, weight, bias)`: [..., K], float32 or bfloat16, to [..., N]."""
+        """`ops.sparse_linear(x, weight, bias)`: [..., K], float32 or bfloat16, to [..., N].
+
+        Under torch.autocast x and bias are cast to its dtype first, as torch.nn.Linear does.
+        """
+        bias: torch.Tensor | None = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         packed = (self.values, self.columns, self.rows, self.steps)
-        return packed_sparse_linear(x, *packed, self.out_features, self.in_features, self.bias)
+        return packed_sparse_linear(x, *packed, self.out_features, self.in_features, bias)
 
     def _load_from_state_dict(
         self,

@@ -3,10 +3,10 @@
 from dtm_fast.plan.allocation import Allocation, Curve, allocate
 from dtm_fast.plan.beam import beam_search, kept_by
 from dtm_fast.plan.comparison import chosen_by, compare
-from dtm_fast.plan.front import front, value_at
+from dtm_fast.plan.front import front
 from dtm_fast.plan.harms import check_harms
 from dtm_fast.plan.in_order import Stop, check_every, metrics_for, plan_in_order, sweep
-from dtm_fast.plan.joint import joint_search, reached_by
+from dtm_fast.plan.joint import check_refinements, joint_search, reached_by
 from dtm_fast.plan.plan import Plan, Point
 from dtm_fast.plan.pruning_rounds import (
     PAPER_STEPS,
@@ -37,6 +37,7 @@ __all__ = [
     "beam_search",
     "check_every",
     "check_harms",
+    "check_refinements",
     "check_steps",
     "chosen_by",
     "compare",
@@ -53,5 +54,4 @@ __all__ = [
     "sweep",
     "uniform",
     "units",
-    "value_at",
 ]

@@ -98,6 +98,7 @@ def beam_search(
             "kept": [[step.to_json() for step in steps] for steps in kept],
         },
         model=recorded.model_identity,
+        calibration=recorded.decoder.calibration,
         curve=curve,
         chosen=curve[-1],
     )

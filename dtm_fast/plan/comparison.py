@@ -9,6 +9,8 @@ from dtm_fast.plan.options import Choice, Options
 from dtm_fast.plan.recorded import RecordedEvaluator
 from dtm_fast.plan.units import Unit
 
+_METRICS = ("dppl", "kl", "perplexity", "sdt")
+
 
 def chosen_by(
     recorded: RecordedEvaluator,
@@ -60,9 +62,18 @@ def compare(
     units: Sequence[Unit],
     budgets: Sequence[float],
     criteria: Sequence[str] = (*MEASURED, *PREDICTED),
-    metrics: Sequence[str] = ("dppl", "kl", "perplexity", "sdt"),
 ) -> dict[str, list[Measurement]]:
-    """What each criterion's choice does: criterion → a measurement for each budget; arguments as ``chosen_by``."""
+    """What each criterion's choice does: criterion → a measurement for each budget; arguments as ``chosen_by``.
+
+    Of the probes' prefixes nothing is measured where they have no second token.
+    """
     check_harms(criteria)
+    measured = [MEASURED[by] for by in criteria if by in MEASURED]
+    if measured:
+        # Once for all of them; each finds in the journal what it looks for.
+        of_all = sorted({metric for harm in measured for metric in harm.metrics})
+        alone = Options(recorded.decoder, treatments, units).alone()
+        recorded.measure([{}, *alone], of_all)
     wanted = {by: chosen_by(recorded, treatments, units, budgets, by) for by in criteria}
+    metrics = [each for each in _METRICS if each != "perplexity" or recorded.evaluator.probes.prefix > 1]
     return {by: recorded.measure(configurations, metrics) for by, configurations in wanted.items()}

@@ -30,10 +30,3 @@ def front(points: Iterable[Point], by: str = "fdt") -> list[Point]:
             kept.append(point)
             best = reached
     return kept
-
-
-def value_at(points: Iterable[Point], bits: float, by: str = "fdt") -> float | None:
-    """The best quality that a point of at most so many bits has; None where none is as small."""
-    quality = QUALITIES[by]
-    found = [value for point in points if point.bits <= bits and (value := quality(point)) is not None]
-    return max(found, default=None)

@@ -119,6 +119,7 @@ def plan_in_order(
         search=SEARCH,
         how={"treatment": treatment.key, "ranked_by": ranked_by, "order": order, "stop": asdict(stop)},
         model=recorded.model_identity,
+        calibration=recorded.decoder.calibration,
         curve=[points[size] for size in sorted(points)],
         chosen=points.get(good),
     )

@@ -55,9 +55,11 @@ def joint_search(
         A plan whose curve is the front of mean FDT over size; ``reached_by`` says what each budget reached.
 
     Raises:
-        InputError: a budget that cannot be reached, which names the smallest that can; no budget; no treatment.
+        InputError: a budget that cannot be reached, which names the smallest that can; no budget; no treatment; a
+            number of refinements that cannot be meant.
         ComponentError, TreatmentError: a treatment does not fit a component.
     """
+    check_refinements(refinements)
     options = Options(recorded.decoder, treatments, units)
     limits = [options.limit(budget) for budget in budgets]
     if not limits:
@@ -78,9 +80,16 @@ def joint_search(
             "reached": [asdict(point) for point in reached],
         },
         model=recorded.model_identity,
+        calibration=recorded.decoder.calibration,
         curve=front(Point.of(recorded.decoder, found) for found in search.seen.values()),
         chosen=reached[0] if best[0].configuration else None,
     )
+
+
+def check_refinements(refinements: int) -> None:
+    """Raises InputError unless so many refinements can be made."""
+    if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
+        raise InputError(f"refinements: a whole number of at least 0, not {refinements!r}")
 
 
 def reached_by(plan: Plan) -> Mapping[float, Point]:

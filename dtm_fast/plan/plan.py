@@ -10,6 +10,7 @@ from dtm_fast.compression import (
     Configuration,
     Treatment,
     check_configuration,
+    check_origin,
     configuration_from_json,
     configuration_to_json,
     effective_bits,
@@ -17,9 +18,9 @@ from dtm_fast.compression import (
 )
 from dtm_fast.errors import InputError
 from dtm_fast.measure import Measurement
-from dtm_fast.model import Decoder, model_identity
+from dtm_fast.model import Decoder
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Plan:
         search: which search found it: ``"in order"``, ``"pruning rounds"``, ``"beam"`` or ``"joint"``.
         how: the search's arguments and what it decided on the way, as JSON values.
         model: identity of the model it is for (``model_identity``).
+        calibration: identity of the calibration that it was measured with; empty if there was none.
         curve: joint configurations that were measured on the way, in the search's order.
         chosen: the plan's own point; None for an empty plan.
     """
@@ -76,6 +78,7 @@ class Plan:
     search: str
     how: dict[str, Any]
     model: str = ""
+    calibration: str = ""
     curve: list[Point] = field(default_factory=list)
     chosen: Point | None = None
 
@@ -84,6 +87,7 @@ class Plan:
         return {
             "format": _FORMAT,
             "model": self.model,
+            "calibration": self.calibration,
             "search": self.search,
             "how": self.how,
             "configuration": configuration_to_json(self.configuration),
@@ -102,6 +106,7 @@ class Plan:
                 search=stored["search"],
                 how=dict(stored["how"]),
                 model=stored["model"],
+                calibration=stored["calibration"],
                 curve=[Point(**point) for point in stored["curve"]],
                 chosen=Point(**stored["chosen"]) if stored["chosen"] else None,
             )
@@ -109,8 +114,8 @@ class Plan:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"plan: not a plan of dtm_fast: {error!r}") from error
-        if not isinstance(plan.search, str) or not isinstance(plan.model, str):
-            raise InputError("plan: not a plan of dtm_fast: its search or model is no text")
+        if not all(isinstance(each, str) for each in (plan.search, plan.model, plan.calibration)):
+            raise InputError("plan: not a plan of dtm_fast: its search, model or calibration is no text")
         return plan
 
     @classmethod
@@ -126,12 +131,9 @@ class Plan:
             raise InputError(f"{path}: {error}") from error
 
     def check(self, decoder: Decoder) -> None:
-        """Raises InputError unless this plan is for the decoder's model."""
+        """Raises InputError unless this plan is for the decoder's model and calibration."""
         check_configuration(decoder, self.configuration)
-        if self.model and self.model != (identity := model_identity(decoder.model)):
-            raise InputError(
-                f"plan: made for another model ({self.model[:12]}…) than this one ({identity[:12]}…)"
-            )
+        check_origin(decoder, self.configuration, self.model, self.calibration)
 
 
 def share_of(decoder: Decoder, configuration: Configuration) -> float:

@@ -31,6 +31,10 @@ class Evaluator(Protocol):
         """Measures one configuration after the other."""
         ...
 
+    def afresh(self) -> "Evaluator":
+        """The same evaluator of the model as it is now, after its weights were changed."""
+        ...
+
 
 class RecordedEvaluator:
     """Takes from the journal what it has and measures only the rest.

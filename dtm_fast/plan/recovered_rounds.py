@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dtm_fast.compression import Recovery, recover
-from dtm_fast.measure import Evaluator, ReferenceEvaluator
+from dtm_fast.compression.recovery import check_training
 from dtm_fast.model import model_identity
 from dtm_fast.plan.plan import Plan, Point
 from dtm_fast.plan.pruning_rounds import METRICS, PAPER_STEPS, SEARCH, Round, check_steps, probe_round
@@ -51,8 +51,8 @@ def prune_and_recover(
     Source: Deiseroth et al. 2023 (papers.md §1.5).
     """
     check_steps(steps)
+    check_training(recorded.decoder, {}, tokens, settings)
     model, probes = recorded.decoder.model, recorded.evaluator.probes
-    kind = type(recorded.evaluator)
     current: dict[str, float] = {}
     rounds: list[Round] = []
     untrained: list[Point] = []
@@ -66,17 +66,11 @@ def prune_and_recover(
             untrained.append(Point.of(here.decoder, before))
             place = folder / f"round-{number}"
             recover(model, configuration, tokens, settings, place / "recovery")
-            # The states of the model as it was must not be in memory beside those of the next.
-            here = recorded
+            here = recorded  # lets go of the last round's states before there are the next
             opened.close()
             identity = {"model": model_identity(model), "probes": probes.identity}
             directory = opened.enter_context(RunDirectory.resume(place, identity))
-            evaluator = (
-                ReferenceEvaluator(model, probes)
-                if issubclass(kind, ReferenceEvaluator)
-                else Evaluator(model, probes)
-            )
-            here = recorded.with_evaluator(evaluator, directory.journal)
+            here = recorded.with_evaluator(recorded.evaluator.afresh(), directory.journal)
             (after,) = here.measure([configuration], METRICS)
             curve.append(Point.of(here.decoder, after))
         return Plan(

@@ -49,6 +49,13 @@ def frozen() -> PreTrainedModel:
     return tiny.model_of("llama").requires_grad_(False)
 
 
+def sampling() -> PreTrainedModel:
+    """With what transformers loads, and refuses to save."""
+    model = tiny.model_of("llama")
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.7
+    return model
+
+
 @pytest.mark.parametrize(
     ("changed", "kind", "said"),
     [
@@ -67,6 +74,7 @@ def frozen() -> PreTrainedModel:
             InputError,
             r"tokens: expected int64 \[S, 16\], got torch.int64 \[16\]",
         ),
+        ({"tokens": [[1] * 16]}, InputError, r"tokens: expected int64 \[S, 16\], got list"),
         ({"tokens": random_tokens(0)}, InputError, "tokens: no sequence"),
         ({"tokens": random_tokens() + 1}, InputError, "tokens: ids go from 6 to 101, the model embeds 101"),
         ({"tokens": random_tokens() - 6}, InputError, "tokens: ids go from -1 to 94, the model embeds 101"),
@@ -81,6 +89,7 @@ def frozen() -> PreTrainedModel:
             r"recovery trains float32, model\.\S+ is torch.bfloat16",
         ),
         ({"model": frozen()}, ModelError, "no weight of the model requires a gradient"),
+        ({"model": sampling()}, ModelError, "the model's generation_config cannot be saved: .*temperature"),
         ({"configuration": {"lm_head": Prune(0.5)}}, ComponentError, "lm_head"),
         ({"configuration": {UP: Int8()}}, TreatmentError, f"{UP}: .* or dropped, not int8"),
         ({"configuration": {UP: Prune(0.5, "wanda")}}, TreatmentError, r"not prune\(0.5,wanda\)"),

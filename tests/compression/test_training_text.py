@@ -19,6 +19,11 @@ def test_documents_follow_one_another_each_with_its_end():
     assert texts_of(tokenizer, blocks) == ["abc</s>d", "efgh</s>", "ijklm"]
 
 
+def test_one_document_may_be_given_alone():
+    tokenizer = tiny.tokenizer_of_characters()
+    assert texts_of(tokenizer, blocks_of(tokenizer, "abcdefg", 4, 2)) == ["abcd", "efg</s>"]
+
+
 def test_a_frame_that_the_tokenizer_makes_is_kept_and_not_made_twice():
     tokenizer = tiny.tokenizer_of_characters(start=True, end=True)
     assert texts_of(tokenizer, blocks_of(tokenizer, ["ab", "cd"], 4, 2)) == ["<s>ab</s>", "<s>cd</s>"]

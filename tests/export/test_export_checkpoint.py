@@ -186,6 +186,25 @@ def test_what_was_calibrated_is_written_as_it_was_measured(export):
         assert list(stored.keys()) == ["model.layers.1.self_attn.o_proj.mask"]
 
 
+def test_a_plan_is_exported_with_the_calibration_that_it_was_measured_with(llama, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    one, other = (
+        Calibration.collect(llama, torch.randint(3, tiny.VOCABULARY, (8, 40), generator=draw), cache=False)
+        for _ in range(2)
+    )
+    up, tokenizer = "model.layers.1.mlp.up_proj", tiny.tokenizer_of_characters()
+    plan = Plan({up: GPTQ(16)}, "beam", {}, model_identity(llama), one.identity)
+    with pytest.raises(InputError, match=f"measured with another calibration \\({one.identity[:12]}"):
+        export_checkpoint(llama, tokenizer, plan, tmp_path / "out", calibration=other)
+    with pytest.raises(InputError, match="measured with another calibration"):
+        dtm.accelerate(llama, plan, calibration=other)
+    assert list(tmp_path.iterdir()) == []
+    export_checkpoint(llama, tokenizer, plan, tmp_path / "out", calibration=one)
+    assert Plan.read(tmp_path / "out" / "dtm_plan.json") == plan
+    # Where no treatment looks at inputs, it does not matter.
+    Plan({up: Int8()}, "beam", {}, model_identity(llama), one.identity).check(Decoder.of(llama, other))
+
+
 # What vLLM fuses.
 
 
@@ -242,6 +261,18 @@ def test_an_empty_folder_and_one_whose_parents_are_not_there_are_filled(export, 
     assert {name for name in written if written[name] != again[name]} <= {"masks.safetensors"}
 
 
+def test_the_folder_one_is_in_and_a_link_to_a_folder_are_filled(llama, tmp_path, monkeypatch):
+    plan, tokenizer = plan_for(llama, MIXED), tiny.tokenizer_of_characters()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    for folder, found in ((".", "here"), (tmp_path / "link", "there")):
+        export_checkpoint(llama, tokenizer, plan, folder)
+        assert (tmp_path / found / "model.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_nothing_is_left_of_an_export_that_fails_midway(tmp_path, llama, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
@@ -282,6 +313,15 @@ def test_a_plan_for_another_model_and_a_model_that_is_quantized_are_refused(llam
     tokenizer, other = tiny.tokenizer_of_characters(), tiny.model_of("llama", seed=1)
     with pytest.raises(InputError, match="made for another model"):
         export_checkpoint(llama, tokenizer, plan_for(other, MIXED), tmp_path / "out")
+    with pytest.raises(InputError, match=r"plan: expected a Plan, got dict; Plan\(configuration, "):
+        export_checkpoint(llama, tokenizer, MIXED, tmp_path / "out")
+    dtm.accelerate(llama, {QKV[0]: W8A8()})
+    with pytest.raises(ModelError, match="the model is accelerated"):
+        export_checkpoint(llama, tokenizer, Plan({}, "by hand", {}), tmp_path / "out")
+    dtm.restore(llama)
+    llama.generation_config.temperature = 0.7
+    with pytest.raises(ModelError, match=r"generation_config cannot be saved: .*temperature"):
+        export_checkpoint(llama, tokenizer, plan_for(llama, MIXED), tmp_path / "out")
     llama.config.quantization_config = {"quant_method": "compressed-tensors"}
     with pytest.raises(ModelError, match="quantized already"):
         export_checkpoint(llama, tokenizer, plan_for(llama, MIXED), tmp_path / "out")

@@ -389,3 +389,15 @@ def test_a_damaged_folder_is_refused_in_one_line(copied, how):
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"none: the folder has no config\.json"):
         load_export(tmp_path / "none")
+
+
+def test_a_narrower_dtype_may_round_what_a_mask_keeps(export):
+    model = tiny.model_of("llama")
+    with torch.no_grad():
+        model.get_submodule(DOWN).weight[:, ::3] = 1e-9
+    exported = export({DOWN: Prune(0.2)}, model)
+    loaded, _ = load_export(exported.folder, torch.float16)
+    assert not loaded.get_submodule(DOWN).weight[:, ::3].any()
+    tamper_mask(exported)
+    with pytest.raises(ModelError, match="its mask disagrees with the zeros of its weight in 1 of"):
+        load_export(exported.folder)

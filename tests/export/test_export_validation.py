@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import tiny
 import torch
 from made_export import ATTENTION, GATED, MIXED, Exported
 from safetensors.torch import save_file
 
-from dtm_fast.compression import W8A8, Prune
+from dtm_fast.compression import W8A8, Int8, Prune
 from dtm_fast.export import validate
 
 pytestmark = pytest.mark.once
@@ -304,6 +305,18 @@ def test_a_dense_folder_has_no_problems(copied):
     assert validate(exported.folder) == []
     (exported.folder / "model.safetensors.index.json").unlink()
     assert len(validate(exported.folder)) == 1
+
+
+def test_weights_that_are_missing_are_named(copied):
+    exported = copied({"model.layers.0.mlp.up_proj": Prune(0.5), "model.layers.1.mlp.down_proj": Int8()})
+    names = ("model.layers.0.mlp.down_proj.weight", "model.norm.weight")
+    exported.rewrite_tensors(lambda tensors: [tensors.pop(name) for name in names])
+    assert validate(exported.folder) == [f"2 weights are missing, first: {names[0]}"]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])  # another name of the head; a tied head
+def test_weights_of_another_name_or_none_are_not_missing(export, family):
+    assert validate(export({}, tiny.model_of(family)).folder) == []
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -358,6 +358,12 @@ def test_inputs_that_are_not_finite_name_the_component(llama, fresh_cache, value
     assert not fresh_cache.exists()
 
 
+def test_a_model_in_train_mode_is_refused(llama, fresh_cache):
+    with pytest.raises(ModelError, match=r"the model is in train mode, .*: model.eval\(\)"):
+        Calibration.collect(llama.train(), TOKENS)
+    assert not fresh_cache.exists()
+
+
 def test_a_calibration_of_another_model_is_refused(llama, fresh_cache):
     found = Calibration.collect(llama, TOKENS)
     for other in (tiny.model_of("llama", seed=1), tiny.model_of("mistral")):

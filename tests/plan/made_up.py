@@ -34,7 +34,9 @@ class MadeUpEvaluator:
         self, fdt_of: Callable[[Configuration], int], sizes: dict[str, int], fails_at: int | None = None
     ) -> None:
         components = {path: SimpleNamespace(numel=size, shape=(1, size)) for path, size in sizes.items()}
-        self.decoder = SimpleNamespace(components=components, component=components.__getitem__)
+        self.decoder = SimpleNamespace(
+            calibration="", components=components, component=components.__getitem__
+        )
         self.probes = None
         self.fdt_of = fdt_of
         self.fails_at = fails_at

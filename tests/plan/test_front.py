@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtm_fast.plan.front import QUALITIES, front, value_at
+from dtm_fast.plan.front import QUALITIES, front
 from dtm_fast.plan.plan import Point
 
 numbers = st.integers(0, 6).map(float)
@@ -45,12 +45,3 @@ def test_of_equals_the_first_stays():
     one, two = (Point(n, 0.5, 8.0, 10.0, 9.0, 1.0, None) for n in (1, 2))
     assert front([one, two]) == [one]
     assert front([one], "dppl") == []
-
-
-def test_the_best_value_of_at_most_so_many_bits():
-    curve = [Point(1, 0.5, bits, fdt, fdt, 1.0, None) for bits, fdt in ((4.0, 10.0), (8.0, 50.0))]
-    assert value_at(curve, 3.9) is None
-    assert value_at(curve, 7.0) == 10.0
-    assert value_at(curve, 8.0) == 50.0
-    assert value_at(curve, 8.0, "sdt") == -1.0
-    assert value_at(curve, 8.0, "dppl") is None

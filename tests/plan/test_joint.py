@@ -33,7 +33,8 @@ class FirstCause:
         draw = random.Random(seed)
         shapes = {f"c{i}": (8, draw.choice([16, 32, 64])) for i in range(components)}
         self.decoder = SimpleNamespace(
-            components={path: SimpleNamespace(shape=s, numel=s[0] * s[1]) for path, s in shapes.items()}
+            calibration="",
+            components={path: SimpleNamespace(shape=s, numel=s[0] * s[1]) for path, s in shapes.items()},
         )
         self.decoder.component = self.decoder.components.__getitem__
         self.probes = None

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -53,6 +54,18 @@ def test_the_plan_is_that_of_the_trained_model_pruned_again(tmp_path, probes):
     with Change(Decoder.of(trained), plan.configuration):
         zeros = sum(int((c.weight == 0).sum()) for c in Decoder.of(trained).components.values())
     assert abs(zeros - 0.3 * weights) <= 1, "half a weight each round"
+
+
+def test_every_round_is_measured_as_the_first(tmp_path, probes, monkeypatch):
+    given, plain = [], dtm.Evaluator.__init__
+
+    def noted(self, model, probes, **options):
+        given.append((options["layers"], options["memory"]))
+        plain(self, model, probes, **options)
+
+    monkeypatch.setattr(dtm.Evaluator, "__init__", noted)
+    run(tmp_path / "run", probes, partial(dtm.Evaluator, layers="transformers", memory=2**20))
+    assert given == [("transformers", 2**20)] * 3
 
 
 def test_the_reference_finds_the_same(tmp_path, probes):

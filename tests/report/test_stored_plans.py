@@ -84,7 +84,7 @@ def test_a_search_that_is_not_known_has_a_map_all_the_same(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": 1}, "plan: format 1, this dtm_fast reads 2"),
+        ({"format": 1}, "plan: format 1, this dtm_fast reads 3"),
         ({"configuration": {"model.layers.9.mlp": "int8"}}, "'model.layers.9.mlp' is none of the components"),
         ({"configuration": {path_of(0, "mlp.up_proj"): "int7"}}, "no treatment 'int7'"),
         ({"curve": [{"components": 1}]}, "not a plan of dtm_fast"),
