@@ -71,6 +71,24 @@ def test_criteria_share_the_measurements_of_single_components(search, tmp_path):
         assert 22 < len(directory.journal) <= 22 + 6
 
 
+def test_a_plan_stays_the_same_when_more_is_measured_after_it(
+    search, command, tiny_folder, tmp_path, text_file
+):
+    arguments = ("--treatment", "prune(0.5)", "--rank-by", "dppl", "--components", 2, "--every", 1)
+    search("plan", *arguments)
+    plan = (tmp_path / "run" / "plan.json").read_bytes()
+    search("sweep", "--treatment", "prune(0.5)", "--rank-by", "kl")
+    search("plan", *arguments)
+    assert (tmp_path / "run" / "plan.json").read_bytes() == plan
+
+
+def test_what_holds_sdt_is_not_measured_again_for_it(search, tmp_path):
+    search("sweep", "--treatment", "int8", "--rank-by", "dppl")
+    search("joint", "--treatment", "int8", "--budget", 11, "--refinements", 0)
+    with RunDirectory.read(tmp_path / "run") as directory:
+        assert len(directory.journal) <= 21 + 1 + 3  # alone, the base, the proposals
+
+
 def test_a_training_that_fails_is_said_in_one_line(search, text_file, monkeypatch, capsys):
     def fail(*_):
         raise TrainingError("recovery, step 1 of 4 (masked): the loss is nan")
@@ -111,6 +129,13 @@ def test_treatments_that_look_at_activations(search):
             ("compare", "--budget", 8, "--by", "perplexity", "--prefix", 1),
             "needs prefixes of at least 2 tokens, not 1",
         ),
+        (("compare", "--budget", 1), "budget: 1 effective bits cannot be reached"),
+        (
+            ("joint", "--budget", 1e305, "--treatment", "int8"),
+            "budget: 1e+305 effective bits cannot be reached",
+        ),
+        (("prune", "--batch", 8), "options of a training (--masked-steps, --batch …) need --recover"),
+        (("sweep", "--evaluator", "reference", "--memory", 1), "memory: the reference keeps no states"),
         (("joint", "--budget", 11, "--refinements", -1), "refinements: a whole number of at least 0, not -1"),
         (("sweep", "--memory", "inf"), "memory: 0 to 1048576 GiB, not inf"),
         (("sweep", "--memory", "nan"), "memory: 0 to 1048576 GiB, not nan"),
@@ -152,7 +177,7 @@ def test_a_plan_for_another_model_is_not_exported(search, command, tiny_folder, 
     ended = command("export", tiny_folder, file, tmp_path / "exported")
     assert ended.code == 2
     assert "made for another model" in ended.errors[0]
-    file.write_text('{"format": 3, ')
+    file.write_text('{"format": 2, ')
     ended = command("export", tiny_folder, file, tmp_path / "exported")
     assert (ended.code, len(ended.errors)) == (2, 1)
     assert str(file) in ended.errors[0]

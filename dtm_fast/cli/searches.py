@@ -128,13 +128,18 @@ def prune_command(
         length=length,
         learning_rate=learning_rate,
     )
+    if recover is None and training != Recovery():
+        raise InputError("options of a training (--masked-steps, --batch …) need --recover")
     documents = None if recover is None else read_documents(recover)
-    probe = parse_treatment("prune(0.5)")
+    if recover == setting.text:
+        console.show_note(
+            "--recover is the text of the probes: the model is trained on what it is measured on"
+        )
 
     def expected(size: int) -> int:
         return len(rounds) * (3 * size + 2)
 
-    with session(setting, [probe], "pruning rounds", expected, quiet=as_json) as running:
+    with session(setting, [], "pruning rounds", expected, quiet=as_json) as running:
         if documents is None:
             found = prune_in_rounds(running.recorded, rounds)
         else:

@@ -125,6 +125,8 @@ def check_evaluator(name: str, memory: float | None) -> None:
         raise InputError(f"no evaluator {name!r}; known: {', '.join(known)}")
     if memory is not None and not 0 <= memory <= _MOST_GIB:
         raise InputError(f"memory: 0 to {_MOST_GIB} GiB, not {memory:g}")
+    if memory is not None and name == "reference":
+        raise InputError("memory: the reference keeps no states that it could bound")
 
 
 @contextmanager

@@ -122,7 +122,8 @@ class Evaluator:
 
         Args:
             configuration: whose states to keep; its components' inputs are not treated.
-            memory: bytes that these states may take, as for the model's own.
+            memory: bytes that these states may take; by default as many as the model's own were given, or else half of
+                what is free.
             instead_of: an evaluator made by this method that is not needed any more: its states' memory is used again,
                 which saves the system clearing as much, and it starts from the model's states again.
 
@@ -140,6 +141,8 @@ class Evaluator:
         other = copy.copy(self)
         of_the_model = self._fused.of_the_model
         rooms = [] if instead_of is None else instead_of._states_given_up(of_the_model)
+        if memory is None:
+            memory = self._given[0]
         if memory is None:
             memory = (_free_memory(self.model.device) + sum(each.nbytes for each in rooms)) // 2
         other._fused = of_the_model.rebased(configuration, memory, rooms)

@@ -209,7 +209,8 @@ class Contest:
             math.comb(needed, hits) * math.comb(probes - needed, drawn - hits)
             for hits in range(min(good, needed, drawn) + 1)
         )
-        return ways / math.comb(probes, drawn) < self._error
+        # The question is asked after every group but the last, and the chances of being wrong add up.
+        return ways / math.comb(probes, drawn) < self._error / max(1, len(self.groups) - 1)
 
 
 class Judge:

@@ -68,12 +68,14 @@ def compare(
     Of the probes' prefixes nothing is measured where they have no second token.
     """
     check_harms(criteria)
+    options = Options(recorded.decoder, treatments, units)
+    for budget in budgets:
+        options.limit(budget)
     measured = [MEASURED[by] for by in criteria if by in MEASURED]
     if measured:
         # Once for all of them; each finds in the journal what it looks for.
         of_all = sorted({metric for harm in measured for metric in harm.metrics})
-        alone = Options(recorded.decoder, treatments, units).alone()
-        recorded.measure([{}, *alone], of_all)
+        recorded.measure([{}, *options.alone()], of_all)
     wanted = {by: chosen_by(recorded, treatments, units, budgets, by) for by in criteria}
     metrics = [each for each in _METRICS if each != "perplexity" or recorded.evaluator.probes.prefix > 1]
     return {by: recorded.measure(configurations, metrics) for by, configurations in wanted.items()}

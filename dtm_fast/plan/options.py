@@ -63,7 +63,7 @@ class Options:
         smallest = self._outside + sum(
             min(self.bits(unit, each) for each in self.choices) for unit in self.units
         )
-        if not math.isfinite(budget) or budget * self._weights < smallest:
+        if not math.isfinite(budget * self._weights) or budget * self._weights < smallest:
             # Rounded up, so that what the message names can be asked for.
             least = math.ceil(smallest / self._weights * 1000) / 1000
             raise InputError(

@@ -20,7 +20,7 @@ from dtm_fast.errors import InputError
 from dtm_fast.measure import Measurement
 from dtm_fast.model import Decoder
 
-_FORMAT = 3
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Plan:
                 search=stored["search"],
                 how=dict(stored["how"]),
                 model=stored["model"],
-                calibration=stored["calibration"],
+                calibration=stored.get("calibration", ""),
                 curve=[Point(**point) for point in stored["curve"]],
                 chosen=Point(**stored["chosen"]) if stored["chosen"] else None,
             )

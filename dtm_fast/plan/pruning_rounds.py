@@ -61,7 +61,9 @@ def check_steps(steps: Sequence[float]) -> None:
         raise InputError(f"steps: they may add up to 1, not to {math.fsum(steps):g}")
 
 
-def probe_round(recorded: RecordedEvaluator, current: Mapping[str, float], step: float) -> Round:
+def probe_round(
+    recorded: RecordedEvaluator, current: Mapping[str, float], step: float, reached: float | None = None
+) -> Round:
     """One round on the model as it is: measures every component's curve, and allocates ``step`` by max-min.
 
     Each component alone gets 0, ½ and 1½ ``step`` more, and 100% in all (what would be beyond that is left out), all
@@ -76,6 +78,8 @@ def probe_round(recorded: RecordedEvaluator, current: Mapping[str, float], step:
         recorded: measures; of any model, also one that was trained since the last round.
         current: component → its sparsity in that model, 0 where it names none; a ``Round``'s ``sparsities``.
         step: share of all components' weights to drop in addition.
+        reached: what is dropped after this round if that is not exactly ``step`` more, so that rounding does not add
+            up over rounds.
 
     Raises:
         InputError: step is not above 0, or there is not so much left.
@@ -86,7 +90,8 @@ def probe_round(recorded: RecordedEvaluator, current: Mapping[str, float], step:
     check_steps([step])
     dropped = _dropped(recorded.decoder, current)
     total = sum(_sizes(recorded.decoder).values())
-    left, wanted = total - sum(dropped.values()), round(step * total)
+    left = total - sum(dropped.values())
+    wanted = round(step * total) if reached is None else round(reached * total) - sum(dropped.values())
     if wanted > left:
         raise InputError(f"step: {step:g} cannot be added; {left / total:g} of the weights are left")
     return _round(recorded, dropped, step, wanted)

@@ -6,7 +6,7 @@ from typing import Protocol
 from dtm_fast.compression import Configuration, configuration_identity
 from dtm_fast.errors import InputError
 from dtm_fast.measure import Evaluator as FastEvaluator
-from dtm_fast.measure import Floor, Measurement, Probes
+from dtm_fast.measure import Measurement, Probes
 from dtm_fast.measure.racing import By, Dropped, Race
 from dtm_fast.model import Decoder
 from dtm_fast.runs import Journal
@@ -19,11 +19,6 @@ class Evaluator(Protocol):
 
     decoder: Decoder
     probes: Probes
-
-    @property
-    def floor(self) -> Floor:
-        """The base's divergence from itself."""
-        ...
 
     def iterate(
         self, configurations: Iterable[Configuration], metrics: Sequence[str] = ...
@@ -81,7 +76,8 @@ class RecordedEvaluator:
         }
         for measurement in self.evaluator.iterate(missing.values(), metrics):
             identity = configuration_identity(measurement.configuration)
-            self.journal.add(identity, list(metrics), measurement.to_json())
+            held = {*metrics} if measurement.sdt is None else {*metrics, "sdt"}
+            self.journal.add(identity, sorted(held), measurement.to_json())
             found[identity] = measurement
             self._on_finished(measurement, False)
         return [found[identity] for identity in identities]

@@ -1,5 +1,6 @@
 """Pruning rounds with recovery training between them: each round on the model that the last one has trained."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -60,7 +61,7 @@ def prune_and_recover(
     here = recorded
     with ExitStack() as opened:
         for number, step in enumerate(steps, 1):
-            rounds.append(probe_round(here, current, step))
+            rounds.append(probe_round(here, current, step, min(1.0, math.fsum(steps[:number]))))
             current, configuration = rounds[-1].sparsities, rounds[-1].configuration
             (before,) = here.measure([configuration], METRICS)
             untrained.append(Point.of(here.decoder, before))

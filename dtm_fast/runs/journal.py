@@ -19,7 +19,7 @@ _SCHEMA = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     """CREATE TABLE measurements (
         configuration TEXT NOT NULL,  -- SHA-256 of the configuration
-        metrics TEXT NOT NULL,        -- JSON list of the metrics beyond FDT and SDT, sorted
+        metrics TEXT NOT NULL,        -- JSON list of the metrics beyond FDT, sorted
         measured TEXT NOT NULL,       -- JSON of the measurement
         finished REAL NOT NULL,       -- seconds since 1970
         checksum TEXT NOT NULL,       -- SHA-256 of the three texts: SQLite notices no damage inside a text
@@ -105,7 +105,7 @@ class Journal:
 
         Args:
             configuration: the configuration's identity.
-            metrics: names of the metrics measured beyond FDT and SDT.
+            metrics: names of the metrics measured beyond FDT.
             measured: JSON form of the measurement.
 
         Raises:
@@ -117,10 +117,14 @@ class Journal:
             self._connection.execute("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?)", row)
 
     def find(self, configuration: str, metrics: list[str]) -> dict[str, Any] | None:
-        """The measurement of ``configuration`` if it was finished with at least these metrics."""
+        """The measurement of ``configuration`` if it was finished with at least these metrics.
+
+        The first of several, so that what a search finds does not change by what is measured after it.
+        """
         with _errors(self.path):
             rows = self._connection.execute(
-                "SELECT metrics, measured FROM measurements WHERE configuration = ?", (configuration,)
+                "SELECT metrics, measured FROM measurements WHERE configuration = ? ORDER BY rowid",
+                (configuration,),
             ).fetchall()
         for stored, measured in rows:
             if set(metrics) <= set(json.loads(stored)):

@@ -22,14 +22,14 @@ SETTINGS = Recovery(masked_steps=3, unmasked_steps=1, batch=4, length=16, micro_
 TOKENS = torch.randint(3, tiny.VOCABULARY, (12, 16), generator=torch.Generator().manual_seed(1))
 
 
-def run(folder, probes, kind=dtm.Evaluator, settings=SETTINGS) -> Plan:
+def run(folder, probes, kind=dtm.Evaluator, settings=SETTINGS, steps=STEPS) -> Plan:
     """From the original model on, as the same command does."""
     folder.mkdir(exist_ok=True)
     model = tiny.model_of("llama")
     journal = Journal.open(folder / "journal.sqlite", {"model": model_identity(model)})
     try:
         return prune_and_recover(
-            RecordedEvaluator(kind(model, probes), journal), TOKENS, folder, settings, STEPS
+            RecordedEvaluator(kind(model, probes), journal), TOKENS, folder, settings, steps
         )
     finally:
         journal.close()
@@ -54,6 +54,13 @@ def test_the_plan_is_that_of_the_trained_model_pruned_again(tmp_path, probes):
     with Change(Decoder.of(trained), plan.configuration):
         zeros = sum(int((c.weight == 0).sum()) for c in Decoder.of(trained).components.values())
     assert abs(zeros - 0.3 * weights) <= 1, "half a weight each round"
+
+
+def test_rounding_does_not_add_up(tmp_path, probes, monkeypatch):
+    monkeypatch.setattr(recovered_rounds, "recover", lambda *_: None)
+    steps = (0.3335, 0.3335, 0.333)
+    plan = run(tmp_path / "run", probes, steps=steps)
+    assert all(treatment.sparsity == 1 for treatment in plan.configuration.values())
 
 
 def test_every_round_is_measured_as_the_first(tmp_path, probes, monkeypatch):

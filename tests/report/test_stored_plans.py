@@ -84,7 +84,7 @@ def test_a_search_that_is_not_known_has_a_map_all_the_same(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": 1}, "plan: format 1, this dtm_fast reads 3"),
+        ({"format": 1}, "plan: format 1, this dtm_fast reads 2"),
         ({"configuration": {"model.layers.9.mlp": "int8"}}, "'model.layers.9.mlp' is none of the components"),
         ({"configuration": {path_of(0, "mlp.up_proj"): "int7"}}, "no treatment 'int7'"),
         ({"curve": [{"components": 1}]}, "not a plan of dtm_fast"),
@@ -95,7 +95,7 @@ def test_a_search_that_is_not_known_has_a_map_all_the_same(tmp_path: Path) -> No
         ({"search": "in order"}, "'stop' is missing"),
         ({"search": "beam"}, "'treatments' is missing"),
         ({"search": "joint"}, "'reached' is missing"),
-        ({"search": 3}, "its search or model is no text"),
+        ({"search": 3}, "its search, model or calibration is no text"),
     ],
 )
 def test_a_bad_plan_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
