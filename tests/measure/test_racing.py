@@ -128,13 +128,13 @@ def test_statistics_drop_one_of_the_best_no_more_often_than_said(error):
 
 
 def test_statistics_drop_a_bad_one_early():
-    contest = Contest(1, margins(16), 0.05)
-    contest.take(named("b"), torch.full((16,), N - 1))
-    read = [probe for group in contest.groups[:3] for probe in group]
-    fdt, seen = torch.full((16,), N), torch.zeros(16, dtype=torch.int64)
+    contest = Contest(1, margins(64), 0.05)
+    contest.take(named("b"), torch.full((64,), N - 1))
+    read = [probe for group in contest.groups[:2] for probe in group]
+    fdt, seen = torch.full((64,), N), torch.zeros(64, dtype=torch.int64)
     fdt[read], seen[read] = 2, 2
     judge = contest.referee(named("x"))
-    assert not judge.goes_on(FirstDivergence(N, fdt, torch.zeros(16), seen))
+    assert not judge.goes_on(FirstDivergence(N, fdt, torch.zeros(64), seen))
     assert judge.lost is not None
     assert not judge.lost.proved
 
