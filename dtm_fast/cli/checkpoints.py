@@ -104,7 +104,7 @@ def export(
     for path in written:
         console.show_written(path)
     for line in said:
-        console.show_note(f"vLLM: {line}")
+        console.show_note(line if line.startswith("transformers") else f"vLLM: {line}")
 
 
 def load(

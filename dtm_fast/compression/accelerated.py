@@ -97,7 +97,8 @@ def accelerate(
     - Weights with zeros, such as ``Prune`` makes: ``nn.SparseLinear`` where that is faster (``break_even.TABLE``), else
       torch's own layer with the compressed weight; if ``trainable``, pruned ones become ``nn.MaskedLinear``.
     - Treatments of the input without a kernel, ``LLMInt8``: ``TreatedInput`` around torch's own layer, not faster.
-    - Any other, such as ``Int8`` or ``Int4``: torch's own layer with the compressed weight, not faster.
+    - Any other, such as ``Int8`` or ``Int4``: the compressed weight in torch's own layer, not faster, or in an
+      ``nn.MaskedLinear`` that keeps all where that is.
 
     Without a plan nothing is compressed: weights that hold many zeros already go to ``nn.SparseLinear`` where that is
     faster, dense ones to an ``nn.MaskedLinear`` that keeps all where that is (bfloat16, on most instruction sets), and
@@ -185,12 +186,13 @@ def restore(model: nn.Module) -> None:
     record: _Record | None = vars(model).get(_RECORD)
     if record is None:
         return
+    there = set(map(id, model.modules()))
     for path, swap in record.swaps.items():
         if swap.original is None:
             raise ModelError(
                 "restore: the original modules were not kept (keep_original=False): load the model anew"
             )
-        if not swap.is_in():
+        if not swap.is_in() or id(swap.layer) not in there:
             raise ModelError(f"restore: at {path} is not the layer that accelerate put there")
     dtype = _dtype(model)
     for swap in record.swaps.values():

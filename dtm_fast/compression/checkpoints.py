@@ -35,13 +35,15 @@ def save_checkpoint(
         RunError: it cannot be written; the one before is still there.
     """
     state = {
-        f"{name}/{key}": tensor
+        f"{name}/{key}": tensor.contiguous()
         for name, weight in weights.items()
         for key, tensor in optimizer.state.get(weight, {}).items()
     }
 
     def write(unfinished: Path) -> None:
-        save_file({name: weight.detach() for name, weight in weights.items()}, unfinished / _WEIGHTS)
+        save_file(
+            {name: weight.detach().contiguous() for name, weight in weights.items()}, unfinished / _WEIGHTS
+        )
         save_file(state, unfinished / _OPTIMIZER)
         (unfinished / _LOSSES).write_text(json.dumps(losses))
 

@@ -80,6 +80,8 @@ def treated(component: Component, treatment: Treatment, trainable: bool) -> Plac
     kind, why = faster_layer(weight)
     if kind is SparseLinear:
         return Placement(SparseLinear.from_linear(_linear(component, weight)), f"{key}: {why}")
+    if kind is MaskedLinear:
+        return Placement(MaskedLinear.from_linear(_linear(component, weight)), f"{key}: {why}")
     return Placement(_dense(component, weight), f"{key}: as measured, not faster: {why}")
 
 

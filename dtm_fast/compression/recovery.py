@@ -30,6 +30,7 @@ from dtm_fast.compression.treatment import Treatment
 from dtm_fast.errors import InputError, ModelError, RunError, TrainingError, TreatmentError
 from dtm_fast.model import Decoder, model_identity
 from dtm_fast.model.soundness import check_storable, first_line
+from dtm_fast.nn.linear_layer import LinearLayer
 from dtm_fast.runs import RunDirectory
 
 _MODEL, _LOSSES = "model", "losses.json"
@@ -102,7 +103,8 @@ def recover(
         if (folder / _MODEL).is_dir():
             _load_finished(model, folder / _MODEL)
         else:
-            losses = _train(decoder, configuration, tokens, settings, folder)
+            with torch.inference_mode(False), torch.enable_grad():
+                losses = _train(decoder, configuration, tokens, settings, folder)
             make_durable(run.write_json(_LOSSES, {"masked": settings.masked_steps, "losses": losses}))
             # The last to appear, so that it says that the training is finished.
             write_folder(folder / _MODEL, model.save_pretrained)
@@ -117,6 +119,8 @@ def check_training(
     decoder: Decoder, configuration: Configuration, tokens: Tensor, settings: Recovery
 ) -> None:
     """Refuses what ``recover`` cannot train, before anything is changed; raises as it does."""
+    if any(isinstance(module, LinearLayer) for module in decoder.model.modules()):
+        raise ModelError("recovery: the model is accelerated: dtm_fast.restore(model) first, or load it anew")
     if isinstance(configuration, Mapping):
         for path, treatment in configuration.items():
             # The mask is made again from the model alone when a training goes on.

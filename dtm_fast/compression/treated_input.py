@@ -8,6 +8,8 @@ from dtm_fast.compression.treatment import Treatment
 class TreatedInput(nn.Module):
     """``linear(treatment.compress_input(x))``: what the treatment is measured with, and not faster.
 
+    ``computes_with`` is what ``model_identity`` knows of it beside its weights.
+
     Args:
         linear: multiplies by the compressed weight.
         treatment: of the input.
@@ -18,6 +20,7 @@ class TreatedInput(nn.Module):
         super().__init__()
         self.linear = linear
         self.treatment = treatment
+        self.computes_with = treatment.key
 
     def extra_repr(self) -> str:
         """The treatment's key."""

@@ -12,14 +12,14 @@ from dtm_fast.compression.accelerated import is_accelerated
 from dtm_fast.compression.checkpoints import write_folder
 from dtm_fast.errors import InputError, ModelError, RunError, TreatmentError
 from dtm_fast.export.checkpoint_files import write_index
-from dtm_fast.export.forms import form_of, prunes, quantization_config, store
+from dtm_fast.export.forms import PACK_QUANTIZED, form_of, prunes, quantization_config, store
 from dtm_fast.export.masks import write_masks
 from dtm_fast.export.resolution import torn_layer
 from dtm_fast.export.served_layers import served_layers
 from dtm_fast.export.skeleton import linear_shapes
 from dtm_fast.export.validation import validate
 from dtm_fast.model import Calibration, Component, Decoder
-from dtm_fast.model.soundness import check_storable, first_line
+from dtm_fast.model.soundness import check_storable, check_vocabulary, first_line
 from dtm_fast.plan import Plan
 
 PLAN = "dtm_plan.json"
@@ -55,11 +55,13 @@ def export_checkpoint(
         for_vllm: refuse what vLLM would not load as the plan means it.
 
     Returns:
-        What ``validate`` says of the folder, a line each: with what vLLM would not do as the plan means it.
+        What ``validate`` says of the folder, a line each: with what vLLM would not do as the plan means it; and what
+        transformers would not load, which ``load_export`` does.
 
     Raises:
         InputError: the plan is for another model or another calibration.
-        ModelError: the model is quantized or accelerated already, or its generation config cannot be saved.
+        ModelError: the model is quantized or accelerated already, or its generation config cannot
+            be saved; the tokenizer is of another vocabulary.
         TreatmentError: no form says what a treatment does (``LLMInt8``; int8 where there is no ``torch.nn.Linear``), or
             ``for_vllm`` and the plan does not treat alike what vLLM multiplies by as one matrix.
         RunError: the folder holds something, or cannot be written.
@@ -69,10 +71,13 @@ def export_checkpoint(
         raise InputError(
             f"plan: expected a Plan, got {type(plan).__name__}; Plan(configuration, 'by hand', {{}}) makes one"
         )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"tokenizer: expected the model's, got {type(tokenizer).__name__}")
     decoder = Decoder.of(model, calibration)
     plan.check(decoder)
     _check_whole(model)
     check_storable(model)
+    check_vocabulary(model, tokenizer)
     forms = _forms(decoder, plan)
     if for_vllm:
         _check_alike(model, forms)
@@ -85,6 +90,7 @@ def export_checkpoint(
         problems.extend(validate(unfinished))
         if for_vllm and problems:
             raise TreatmentError(f"vLLM would not load this: {problems[0]}{_more(problems)}")
+        problems.extend(_not_for_transformers(decoder, forms))
 
     problems: list[str] = []
     write_folder(folder, write)
@@ -109,6 +115,23 @@ def _forms(decoder: Decoder, plan: Plan) -> dict[str, str]:
         if form is not None:
             forms[path] = form
     return forms
+
+
+def _not_for_transformers(decoder: Decoder, forms: Mapping[str, str]) -> list[str]:
+    """Why plain transformers (5.23) does not load the folder, as lines that begin with its name."""
+    experts = [
+        name
+        for name, parameter in decoder.model.named_parameters()
+        if parameter.dim() > 2 and "experts" in name
+    ]
+    if forms and experts:
+        return [f"transformers does not load models with experts ({experts[0]}) if anything is quantized"]
+    packed = (decoder.component(path) for path, form in forms.items() if form == PACK_QUANTIZED)
+    return [
+        f"transformers does not load a {type(component.module).__name__} packed: {component.path}"
+        for component in packed
+        if type(component.module) is not nn.Linear
+    ]
 
 
 def _check_whole(model: PreTrainedModel) -> None:

@@ -85,8 +85,9 @@ def read_groups(config: Any) -> tuple[list[Group], list[str]]:
     if config.get("quant_method") != "compressed-tensors":
         problems.append(f"quant_method is {config.get('quant_method')!r}, not 'compressed-tensors'")
     overall = config.get("format")
-    if overall not in _FORMATS:
+    if not isinstance(overall, str) or overall not in _FORMATS:
         problems.append(f"format {overall!r} is none of {', '.join(sorted(_FORMATS))}")
+        overall = None
     if config.get("quantization_status") != "compressed":
         problems.append(f"quantization_status is {config.get('quantization_status')!r}, not 'compressed'")
     stored = config.get("config_groups")

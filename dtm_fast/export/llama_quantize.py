@@ -107,4 +107,5 @@ def _write(file: Path, content: str) -> None:
         unfinished.write_text(content)
         os.replace(unfinished, file)
     except OSError as error:
+        unfinished.unlink(missing_ok=True)
         raise RunError(f"{file}: cannot be written: {error.strerror}") from error

@@ -164,7 +164,10 @@ def _dense(
     check_complete(folder, loaded[1])
     check_finite(folder, model)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise ModelError(f"{folder}: no usable generation_config.json: {first_line(error)}") from error
     return model
 
 

@@ -24,7 +24,7 @@ def model_identity(model: nn.Module) -> str:
     """SHA-256 over the configuration and every parameter and buffer: name, dtype, shape and bytes.
 
     The configuration counts because the same weights with other heads or rotary frequencies write another
-    text. 64 hexadecimal digits.
+    text; so does what a layer of ours ``computes_with`` beside its weights. 64 hexadecimal digits.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
     config = getattr(model, "config", None)
@@ -35,6 +35,9 @@ def model_identity(model: nn.Module) -> str:
         for name, tensor in model.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for path, module in model.named_modules():
+        if isinstance(computes_with := getattr(module, "computes_with", None), str):
+            digest.update(f"{path} {computes_with};".encode())
     return digest.hexdigest()
 
 

@@ -275,3 +275,19 @@ def test_there_is_no_dropout_and_the_callers_random_numbers_stay(tmp_path):
         assert torch.equal(torch.get_rng_state(), before)
         assert not model.training
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_around_it_it_trains_all_the_same(around, tmp_path):
+    expected, model = tiny.model_of("llama"), tiny.model_of("llama")
+    losses = recover(expected, PRUNED, random_tokens(), SMALL, tmp_path / "a").losses
+    with around():
+        assert recover(model, PRUNED, random_tokens(), SMALL, tmp_path / "b").losses == losses
+    assert_same_state(model, expected)
+
+
+def test_a_weight_in_another_memory_order_is_kept(tmp_path):
+    model = tiny.model_of("llama")
+    up = model.get_submodule(UP)
+    up.weight = torch.nn.Parameter(up.weight.detach().T.contiguous().T)
+    recover(model, PRUNED, random_tokens(), SMALL, tmp_path / "r")

@@ -7,7 +7,7 @@ import torch
 from recoveries import PRUNED, SMALL, UP, random_tokens
 from transformers import PreTrainedModel
 
-from dtm_fast import Int8, Prune
+from dtm_fast import W8A8, Int8, Prune, accelerate
 from dtm_fast.compression.recovery import recover
 from dtm_fast.compression.recovery_settings import Recovery
 from dtm_fast.errors import ComponentError, InputError, ModelError, TreatmentError
@@ -47,6 +47,12 @@ def test_a_bad_setting_is_said_in_one_line(bad, said):
 
 def frozen() -> PreTrainedModel:
     return tiny.model_of("llama").requires_grad_(False)
+
+
+def accelerated() -> PreTrainedModel:
+    model = tiny.model_of("llama")
+    accelerate(model, {"model.layers.0.mlp.up_proj": W8A8()})
+    return model
 
 
 def sampling() -> PreTrainedModel:
@@ -89,6 +95,7 @@ def sampling() -> PreTrainedModel:
             r"recovery trains float32, model\.\S+ is torch.bfloat16",
         ),
         ({"model": frozen()}, ModelError, "no weight of the model requires a gradient"),
+        ({"model": accelerated()}, ModelError, "recovery: the model is accelerated: "),
         ({"model": sampling()}, ModelError, "the model's generation_config cannot be saved: .*temperature"),
         ({"configuration": {"lm_head": Prune(0.5)}}, ComponentError, "lm_head"),
         ({"configuration": {UP: Int8()}}, TreatmentError, f"{UP}: .* or dropped, not int8"),

@@ -28,6 +28,7 @@ from dtm_fast.compression import (
     W8A8,
     Int4,
     Int8,
+    LLMInt8,
     Prune,
 )
 from dtm_fast.compression.accelerated import accelerate, restore
@@ -267,3 +268,18 @@ def test_a_plan_is_for_its_own_model_and_its_configuration_for_any(llama) -> Non
         accelerate(other, each)
         assert type(other.get_submodule(UP)) is nn.Int8Linear
         restore(other)
+
+
+def test_a_layer_that_is_no_more_in_the_model_is_not_taken_for_restored(llama) -> None:
+    accelerate(llama, {UP: W8A8()})
+    at = int(UP.split(".")[2])
+    llama.model.layers[at] = copy.deepcopy(llama.model.layers[at])
+    with pytest.raises(ModelError, match=f"at {UP} is not the layer that accelerate put there"):
+        restore(llama)
+
+
+def test_what_treats_inputs_otherwise_is_another_model() -> None:
+    models = [tiny.model_of("llama") for _ in range(2)]
+    for model, threshold in zip(models, (6.0, 0.05), strict=True):
+        accelerate(model, {UP: LLMInt8(threshold)})
+    assert model_identity(models[0]) != model_identity(models[1])

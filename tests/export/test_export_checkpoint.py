@@ -9,11 +9,12 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from made_export import ATTENTION, GATED, MIXED, WITH_DROP, model_in, plan_for
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import dtm_fast as dtm
 from dtm_fast.compression import GPTQ, W8A8, Drop, Int8, LLMInt8, Prune, SparseGPT
 from dtm_fast.errors import InputError, ModelError, RunError, TreatmentError
-from dtm_fast.export import export_checkpoint
+from dtm_fast.export import export_checkpoint, load_export
 from dtm_fast.model import Calibration, Decoder, model_identity
 from dtm_fast.plan import Plan
 
@@ -313,6 +314,12 @@ def test_a_plan_for_another_model_and_a_model_that_is_quantized_are_refused(llam
     tokenizer, other = tiny.tokenizer_of_characters(), tiny.model_of("llama", seed=1)
     with pytest.raises(InputError, match="made for another model"):
         export_checkpoint(llama, tokenizer, plan_for(other, MIXED), tmp_path / "out")
+    with pytest.raises(InputError, match="tokenizer: expected the model's, got NoneType"):
+        export_checkpoint(llama, None, plan_for(llama, MIXED), tmp_path / "out")
+    with pytest.raises(ModelError, match="the tokenizer is of another vocabulary"):
+        export_checkpoint(
+            llama, tiny.tokenizer_of_characters(extra=50), plan_for(llama, MIXED), tmp_path / "out"
+        )
     with pytest.raises(InputError, match=r"plan: expected a Plan, got dict; Plan\(configuration, "):
         export_checkpoint(llama, tokenizer, MIXED, tmp_path / "out")
     dtm.accelerate(llama, {QKV[0]: W8A8()})
@@ -338,3 +345,25 @@ def test_other_families_are_exported_as_well(export, family):
         weight = stored[f"{path}.weight"]
         weight = weight.t() if component.transposed else weight
         assert torch.equal(weight, Prune(0.6).compress(component.weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*are no components")
+def test_what_plain_transformers_does_not_load_is_said(export):
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=tiny.VOCABULARY,
+        max_position_embeddings=64,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    q = "model.layers.0.self_attn.q_proj"
+    exported = export({q: W8A8()}, model)
+    (said,) = [line for line in exported.problems if line.startswith("transformers")]
+    assert "does not load models with experts (model.layers.0.mlp.experts" in said
+    with pytest.raises(RuntimeError):
+        AutoModelForCausalLM.from_pretrained(exported.folder)
+    load_export(exported.folder)

@@ -284,6 +284,14 @@ DAMAGE = {
         lambda e: (e.folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}'),
         "no ../b",
     ),
+    "generation config is no json": (
+        lambda e: (e.folder / "generation_config.json").write_text("{"),
+        "no usable generation_config.json",
+    ),
+    "generation config is no mapping": (
+        lambda e: (e.folder / "generation_config.json").write_text("[]"),
+        "no usable generation_config.json",
+    ),
     "masks truncated": (lambda e: cut(e.folder / "masks.safetensors"), "damaged or truncated"),
     "masks missing": (lambda e: (e.folder / "masks.safetensors").unlink(), "has no mask"),
     "mask tampered": (

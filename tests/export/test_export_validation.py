@@ -71,6 +71,7 @@ BROKEN = {
     # Fields.
     "quant_method": (stored(lambda c: c.update(quant_method="gptq")), "quant_method is 'gptq', not"),
     "format unknown": (stored(lambda c: c.update(format="int8")), "format 'int8' is none of dense, "),
+    "format no text": (stored(lambda c: c.update(format=["x"])), "format ['x'] is none of"),
     "format missing": (stored(lambda c: c.pop("format")), "format None is none of"),
     "status": (
         stored(lambda c: c.pop("quantization_status")),
