@@ -10,7 +10,6 @@ from dtm_fast.export.served_layers import (
     name_matches,
     served_layers,
     shards_ignored,
-    target_found,
 )
 
 
@@ -46,7 +45,7 @@ def resolve(groups: Sequence[Group], ignore: Sequence[str], linears: Iterable[st
                 continue
             matching = _groups_of(shard, layer, groups)
             if len(matching) > 1:
-                found.overlaps.append(_overlap(shard, layer, matching, groups))
+                found.overlaps.append(_overlap(shard, matching))
             if matching:
                 found.schemes[shard] = matching[0]
             said[shard] = f"in {matching[0].key}" if matching else "not targeted"
@@ -77,17 +76,6 @@ def _groups_of(shard: str, layer: ServedLayer, groups: Sequence[Group]) -> list[
     return [next(group for group in groups if group.key == key) for key in keys]
 
 
-def _overlap(shard: str, layer: ServedLayer, matching: Sequence[Group], groups: Sequence[Group]) -> str:
-    targets = [target for group in groups for target in group.targets]
-    taken = [
-        next((group.key for group in groups if target is not None and target in group.targets), "none")
-        for target in (
-            target_found(layer, targets),
-            target_found(layer, targets, fused_before_class=False),
-        )
-    ]
-    then = "" if taken[0] == taken[1] else f", before July 2026 {taken[1]}"
-    return (
-        f"{shard}: targeted by {' and '.join(sorted(group.key for group in matching))}; vLLM takes {taken[0]}{then}, "
-        "and other readers need not"
-    )
+def _overlap(shard: str, matching: Sequence[Group]) -> str:
+    keys = " and ".join(sorted(group.key for group in matching))
+    return f"{shard}: targeted by {keys}; which of them counts, readers need not agree on"

@@ -1,7 +1,7 @@
 """The linear layers as vLLM has them: what it multiplies by as one matrix, and which config group it finds for each.
 
 Read off vLLM's ``compressed_tensors/utils.py`` (``should_ignore_layer``, ``find_matched_target``) and
-``compressed_tensors.py`` (``get_scheme_dict``), of September 2026 and before its pull request 49483 of July 2026.
+``compressed_tensors.py`` (``get_scheme_dict``), of September 2026.
 """
 
 import re
@@ -74,26 +74,3 @@ def shards_ignored(layer: ServedLayer, ignore: Sequence[str]) -> list[str]:
     if layer.name in ignore:
         return list(layer.shards)
     return [shard for shard in layer.shards if any(name_matches(shard, target) for target in ignore)]
-
-
-def target_found(
-    layer: ServedLayer, targets: Sequence[str], *, fused_before_class: bool = True
-) -> str | None:
-    """The first of ``targets`` that vLLM finds for a layer: by its name, by the names of all its shards, by its class.
-
-    Args:
-        layer: which is not ignored.
-        targets: of all groups, in their order.
-        fused_before_class: False: its class comes before its shards, as in vLLM before July 2026.
-    """
-    by_name = next((target for target in targets if name_matches(layer.name, target)), None)
-    by_class = next((target for target in targets if class_matches(layer.class_name, target)), None)
-    by_shards = None
-    if len(layer.shards) > 1:
-        each = [
-            next((target for target in targets if name_matches(shard, target)), None)
-            for shard in layer.shards
-        ]
-        by_shards = each[0] if all(each) else None
-    rest = (by_shards, by_class) if fused_before_class else (by_class, by_shards)
-    return by_name or rest[0] or rest[1]

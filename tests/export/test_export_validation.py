@@ -181,11 +181,11 @@ BROKEN = {
     # Overlaps.
     "two groups name one module": (
         move_to_second_group(V, keep=True),
-        f"{V}: targeted by group_00 and group_01; vLLM takes group_00, and other readers need not",
+        f"{V}: targeted by group_00 and group_01; which of them counts",
     ),
     "a class beside names": (
         stored(second_class_group),
-        f"{Q}: targeted by group_00 and group_01; vLLM takes group_00, before July 2026 group_01, and other readers",
+        f"{Q}: targeted by group_00 and group_01; which of them counts",
     ),
     # Tensors.
     "a target without tensors": (

@@ -10,7 +10,6 @@ from dtm_fast.export.served_layers import (
     name_matches,
     served_layers,
     shards_ignored,
-    target_found,
 )
 from dtm_fast.export.skeleton import linear_shapes
 from dtm_fast.model import Decoder
@@ -65,27 +64,6 @@ def test_classes_match_by_a_part_of_their_name(target, expected):
 def test_the_head_is_no_linear():
     head = ServedLayer("lm_head", ("lm_head",))
     assert not class_matches(head.class_name, "Linear")
-    assert target_found(head, ["Linear"]) is None
-
-
-@pytest.mark.parametrize(
-    ("layer", "targets", "since", "before"),
-    [
-        (DOWN, ["Linear", "l.0.down_proj"], "l.0.down_proj", "l.0.down_proj"),
-        (DOWN, ["re:.*down_proj", "l.0.down_proj"], "re:.*down_proj", "re:.*down_proj"),
-        (DOWN, ["re:.*up_proj"], None, None),
-        (QKV, [*QKV.shards], "l.0.q_proj", "l.0.q_proj"),
-        (QKV, ["l.0.q_proj", "l.0.k_proj"], None, None),
-        (QKV, ["l.0.v_proj", "re:.*[qk]_proj"], "re:.*[qk]_proj", "re:.*[qk]_proj"),
-        # The pull request's own case: some layers by their parts, the rest by the class.
-        (QKV, [*QKV.shards, "Linear"], "l.0.q_proj", "Linear"),
-        (QKV, ["Linear", "l.0.qkv_proj"], "l.0.qkv_proj", "l.0.qkv_proj"),
-        (QKV, ["l.0.q_proj", "Linear"], "Linear", "Linear"),
-    ],
-)
-def test_the_first_target_that_is_found(layer, targets, since, before):
-    assert target_found(layer, targets) == since
-    assert target_found(layer, targets, fused_before_class=False) == before
 
 
 @pytest.mark.parametrize(
