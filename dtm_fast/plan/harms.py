@@ -29,14 +29,44 @@ def divergence_rate(measurement: Measurement) -> float:
     Rates of independent causes add, as those of failures do: whatever diverges first ends the agreement. So the rates
     of single components predict that of all together, which FDT itself does not.
     """
-    diverged = int((measurement.fdt < measurement.completion).sum())
-    return diverged / float((measurement.fdt + 1).clamp(max=measurement.completion).sum())
+    return _rate(first_divergences(measurement))
 
 
 def divergent_share(measurement: Measurement) -> float:
     """SDT as a share of the tokens: as ``divergence_rate``, from all positions, those behind a divergence too."""
+    return _rate(divergent_tokens(measurement))
+
+
+def first_divergences(measurement: Measurement) -> tuple[float, float]:
+    """How many probes diverged, and how many tokens were read until then."""
+    diverged = int((measurement.fdt < measurement.completion).sum())
+    return diverged, float((measurement.fdt + 1).clamp(max=measurement.completion).sum())
+
+
+def divergent_tokens(measurement: Measurement) -> tuple[float, float]:
+    """How many tokens diverged, of how many."""
     assert measurement.sdt is not None
-    return float(measurement.sdt.double().mean()) / measurement.completion
+    return float(measurement.sdt.sum()), float(len(measurement.sdt) * measurement.completion)
+
+
+def shrunk(counts: Sequence[tuple[float, float]]) -> list[float]:
+    """Rates of (events, exposure) as one expects them to be, knowing the others: each drawn towards the rate of all.
+
+    A unit alone meets few events, often none, and a search picks whoever met fewest: mostly those that were lucky,
+    which are not so good together. The rate that is to be expected is, for Poisson counts under a gamma prior whose
+    mean is the rate of all and which weighs as much as one event, ``(events + 1) / (exposure + 1 / rate of all)``.
+
+    Source: Efron & Hastie 2016, "Computer Age Statistical Inference", section 6.1 (Robbins' formula, the gamma prior).
+    """
+    of_all = _rate((sum(events for events, _ in counts), sum(exposure for _, exposure in counts)))
+    if of_all == 0:
+        return [0.0] * len(counts)
+    return [(events + 1) / (exposure + 1 / of_all) for events, exposure in counts]
+
+
+def _rate(counts: tuple[float, float]) -> float:
+    events, exposure = counts
+    return events / exposure
 
 
 def lost_likelihood(measurement: Measurement) -> float:

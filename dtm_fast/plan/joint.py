@@ -9,16 +9,21 @@ from dtm_fast.compression import Configuration, Treatment, configuration_identit
 from dtm_fast.errors import InputError
 from dtm_fast.measure import Measurement
 from dtm_fast.plan.front import front
-from dtm_fast.plan.harms import MEASURED, divergence_rate
+from dtm_fast.plan.harms import (
+    divergence_rate,
+    divergent_tokens,
+    first_divergences,
+    lost_likelihood,
+    shrunk,
+)
 from dtm_fast.plan.knapsack import Option, choose
-from dtm_fast.plan.options import Choice, Options, key_of
+from dtm_fast.plan.options import Choice, Options
 from dtm_fast.plan.plan import Plan, Point
 from dtm_fast.plan.ranking import rank
 from dtm_fast.plan.recorded import RecordedEvaluator
 from dtm_fast.plan.units import Unit
 
 SEARCH = "joint"
-HARMS = ("fdt", "sdt", "dppl")
 METRICS = ("dppl", "sdt")
 _RELUCTANCE = (0.0, 0.5, 0.8, 0.95)
 
@@ -35,8 +40,9 @@ def joint_search(
 
     1. Every unit is measured alone under every treatment.
     2. For each budget, a knapsack of the harms of single units proposes a configuration for each of three harms (rate
-       of first divergence, share of divergent tokens, lost likelihood), for none of them adds up exactly. What they do
-       together is measured.
+       of first divergence, share of divergent tokens, lost likelihood), for none of them adds up exactly; from all
+       treatments, and from those of each kind alone, for a mixture is not always better. What they do together is
+       measured.
     3. The best of each budget is refined: from its states (``Evaluator.rebased``) every unit is measured under the next
        smaller and the next larger of its options, so that harms are those beside all others, and the knapsack is solved
        again; once as it is, and with more and more reluctance to change.
@@ -65,7 +71,7 @@ def joint_search(
     if not limits:
         raise InputError("budgets: at least one")
     search = _Search(recorded, options)
-    best = search.proposed(limits)
+    best = search.proposed(budgets)
     for _ in range(refinements):
         best = [search.refined(limit, found) for limit, found in zip(limits, best, strict=True)]
     reached = [Point.of(recorded.decoder, found) for found in best]
@@ -104,27 +110,51 @@ class _Search:
     def __init__(self, recorded: RecordedEvaluator, options: Options) -> None:
         self._recorded = recorded
         self._options = options
+        kinds = list(dict.fromkeys(type(each) for each in options.treatments))
+        self._families = [options.of_kind(kind) for kind in kinds] if len(kinds) > 1 else []
         self.seen: dict[str, Measurement] = {}
         """Joint configurations measured so far."""
 
-    def proposed(self, limits: Sequence[int]) -> list[Measurement]:
-        """The best of those that each harm proposes, for each limit."""
+    def proposed(self, budgets: Sequence[float]) -> list[Measurement]:
+        """The best of those that each harm proposes, for each budget."""
         options = self._options
         base, *found = self._recorded.measure([{}, *options.alone()], METRICS)
-        singles = iter(found)
-        alone = {
-            unit: {"": base} | {each.key: next(singles) for each in options.treatments}
-            for unit in options.units
-        }
-
-        def harm_by(name: str) -> Callable[[Unit, Choice], float]:
-            return lambda unit, choice: MEASURED[name].of(alone[unit][key_of(choice)])
-
+        harms = self._harms(base, found)
         best = []
-        for limit in limits:
-            wanted = [options.least_harmful(limit, harm) for harm in map(harm_by, HARMS)]
+        for budget in budgets:
+            wanted = [
+                family.least_harmful(family.limit(budget), harm)
+                for family in (options, *self._families)
+                if family.reaches(budget)
+                for harm in harms
+            ]
             best.append(self._best_of(wanted))
         return best
+
+    def _harms(
+        self, base: Measurement, alone: Sequence[Measurement]
+    ) -> list[Callable[[Unit, Choice], float]]:
+        """Those of single units: rate of first divergence, share of divergent tokens, lost likelihood.
+
+        What is counted is, within each treatment, as one expects it to be (``shrunk``).
+        """
+        of = self._options.treatments
+        by_treatment = {each.key: alone[place :: len(of)] for place, each in enumerate(of)}
+
+        def harm(values: Mapping[str, Sequence[float]], kept: float) -> Callable[[Unit, Choice], float]:
+            known = {
+                (unit, key): value
+                for key, row in values.items()
+                for unit, value in zip(self._options.units, row, strict=True)
+            }
+            return lambda unit, choice: kept if choice is None else known[unit, choice.key]
+
+        counted = [
+            harm({key: shrunk([counts(each) for each in row]) for key, row in by_treatment.items()}, 0.0)
+            for counts in (first_divergences, divergent_tokens)
+        ]
+        lost = {key: [lost_likelihood(each) for each in row] for key, row in by_treatment.items()}
+        return [*counted, harm(lost, lost_likelihood(base))]
 
     def refined(self, limit: int, found: Measurement) -> Measurement:
         """The best of those that harms beside ``found``'s other treatments propose, or ``found`` itself."""

@@ -1,5 +1,6 @@
 """What a search may do to each unit, and how large the whole then is."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
@@ -49,6 +50,13 @@ class Options:
         outside = {path: shape for path, shape in self._shapes.items() if path not in set(inside)}
         self._outside = configuration_bits(outside, {})
 
+    def of_kind(self, kind: type[Treatment]) -> "Options":
+        """The same with the treatments of one class alone."""
+        other = copy.copy(self)
+        other.treatments = [each for each in self.treatments if type(each) is kind]
+        other.choices = [None, *other.treatments]
+        return other
+
     def bits(self, unit: Unit, choice: Choice) -> int:
         """Bits that a unit takes."""
         shapes = {path: self._shapes[path] for path in unit}
@@ -60,17 +68,23 @@ class Options:
         Raises:
             InputError: it cannot be reached; the message names the smallest that can.
         """
-        smallest = self._outside + sum(
-            min(self.bits(unit, each) for each in self.choices) for unit in self.units
-        )
-        if not math.isfinite(budget * self._weights) or budget * self._weights < smallest:
+        if not self.reaches(budget):
             # Rounded up, so that what the message names can be asked for.
-            least = math.ceil(smallest / self._weights * 1000) / 1000
+            least = math.ceil(self._smallest / self._weights * 1000) / 1000
             raise InputError(
                 f"budget: {budget:g} effective bits cannot be reached; the smallest that these treatments reach "
                 f"is {least:g}"
             )
         return math.floor(budget * self._weights) - self._outside
+
+    def reaches(self, budget: float) -> bool:
+        """Whether some configuration is within a budget."""
+        return math.isfinite(budget * self._weights) and budget * self._weights >= self._smallest
+
+    @property
+    def _smallest(self) -> int:
+        units = sum(min(self.bits(unit, each) for each in self.choices) for unit in self.units)
+        return self._outside + units
 
     def alone(self) -> list[Configuration]:
         """Every unit alone under every treatment, unit by unit."""
