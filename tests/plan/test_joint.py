@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from dtm_fast.measure import Measurement
 from dtm_fast.measure.racing import fdt75
 from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.plan.comparison import chosen_by, compare
+from dtm_fast.plan.harms import shrunk
 from dtm_fast.plan.joint import joint_search, reached_by
 from dtm_fast.plan.plan import Plan, Point
 from dtm_fast.plan.units import units
@@ -102,6 +104,33 @@ def test_it_fits_its_budgets_and_comes_near_the_optimum(tmp_path, seed):
         assert every.index((point.fdt75, point.fdt)) <= 0.02 * len(every)
     assert plan.chosen == reached_by(plan)[10.0]
     assert plan.search == "joint"
+
+
+class Feud(FirstCause):
+    """Kinds of treatments that do well alone and diverge at once beside each other, as no sum of harms says."""
+
+    def of(self, configuration) -> Measurement:
+        found = super().of(configuration)
+        if len({type(each) for each in configuration.values()}) > 1:
+            found = replace(found, fdt=torch.zeros(PROBES, dtype=torch.int64))
+        return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_no_worse_than_any_kind_of_treatment_alone(tmp_path, seed):
+    evaluator = Feud(6, seed)
+    found = search(evaluator, tmp_path, (12.0,), refinements=0).chosen
+    for kind in (TREATMENTS[:1], TREATMENTS[1:]):
+        alone = search(evaluator, tmp_path, (12.0,), kind, refinements=0).chosen
+        assert (found.fdt75, found.fdt) >= (alone.fdt75, alone.fdt)
+    assert found.fdt > 0
+
+
+def test_counted_harms_are_drawn_towards_their_treatments_by_hand():
+    assert shrunk([(0, 100.0), (2, 100.0)]) == pytest.approx([1 / 200, 3 / 200])
+    assert shrunk([(0, 50.0), (0, 100.0)]) == [0.0, 0.0]
+    # With much to go by, hardly.
+    assert shrunk([(1000, 1e5), (3000, 1e5)]) == pytest.approx([0.01, 0.03], rel=1e-2)
 
 
 def test_refining_never_makes_it_worse_and_sometimes_better(tmp_path):
