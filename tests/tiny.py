@@ -11,6 +11,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -53,6 +54,22 @@ def model_of(family: str = "llama", seed: int = 0, **changes: object) -> PreTrai
     known = CONFIGURATIONS[family]
     config = type(known)(**{**known.to_dict(), **changes})
     torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def with_experts() -> PreTrainedModel:
+    """A float32 Mixtral in eval mode, whose experts are parameters of three dimensions."""
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

@@ -99,12 +99,12 @@ def export(
     said = export_checkpoint(loaded, tokenizer, made, folder, calibration=calibrated, for_vllm=for_vllm)
     written = [folder] if llama_quantize is None else [folder, llama_quantize]
     if as_json:
-        print_json({"written": [str(path) for path in written], "vllm": said})
+        print_json({"written": [str(path) for path in written], "problems": said})
         return
     for path in written:
         console.show_written(path)
     for line in said:
-        console.show_note(line if line.startswith("transformers") else f"vLLM: {line}")
+        console.show_note(line)
 
 
 def load(

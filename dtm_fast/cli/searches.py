@@ -198,7 +198,8 @@ def joint_command(
     check_refinements(refinements)
 
     def expected(size: int) -> int:
-        return size * len(treatments) + len(budget) * (3 + refinements * (2 * size + 4))
+        searches = 1 + len({type(each) for each in treatments})
+        return size * len(treatments) + len(budget) * searches * (3 + refinements * (2 * size + 4))
 
     with session(setting, treatments, "joint", expected, quiet=as_json) as running:
         chosen_units = units(running.evaluator.decoder, fused)
@@ -217,8 +218,7 @@ def compare_command(
 ) -> None:
     """What choosing by FDT buys: what other criteria choose within the same size, and what that does."""
     treatments = [parse_treatment(each) for each in treatment]
-    of_the_prefix = [] if setting.prefix > 1 else ["perplexity"]
-    criteria = by or [each for each in (*MEASURED, *PREDICTED) if each not in of_the_prefix]
+    criteria = by or [each for each in (*MEASURED, *PREDICTED) if each != "perplexity" or setting.prefix > 1]
     check_harms(criteria)
     if "perplexity" in criteria:
         metrics_for("perplexity", setting.prefix)

@@ -50,7 +50,7 @@ from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.runs import RunDirectory
 from dtm_fast.version import __version__
 
-_MOST_GIB = 2**20
+_MOST_GIB = 2**20  # more than any machine has, so that no bound is infinite
 _LAYERS: tuple[Literal["auto", "fused", "transformers"], ...] = ("auto", "fused", "transformers")
 
 

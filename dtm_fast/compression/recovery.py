@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from dtm_fast.compression.accelerated import is_accelerated
 from dtm_fast.compression.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
@@ -30,7 +31,6 @@ from dtm_fast.compression.treatment import Treatment
 from dtm_fast.errors import InputError, ModelError, RunError, TrainingError, TreatmentError
 from dtm_fast.model import Decoder, model_identity
 from dtm_fast.model.soundness import check_storable, first_line
-from dtm_fast.nn.linear_layer import LinearLayer
 from dtm_fast.runs import RunDirectory
 
 _MODEL, _LOSSES = "model", "losses.json"
@@ -119,7 +119,7 @@ def check_training(
     decoder: Decoder, configuration: Configuration, tokens: Tensor, settings: Recovery
 ) -> None:
     """Refuses what ``recover`` cannot train, before anything is changed; raises as it does."""
-    if any(isinstance(module, LinearLayer) for module in decoder.model.modules()):
+    if is_accelerated(decoder.model):
         raise ModelError("recovery: the model is accelerated: dtm_fast.restore(model) first, or load it anew")
     if isinstance(configuration, Mapping):
         for path, treatment in configuration.items():

@@ -55,13 +55,13 @@ def export_checkpoint(
         for_vllm: refuse what vLLM would not load as the plan means it.
 
     Returns:
-        What ``validate`` says of the folder, a line each: with what vLLM would not do as the plan means it; and what
-        transformers would not load, which ``load_export`` does.
+        A line for each thing that another reader would not do as the plan means it, with the reader in front:
+        ``vLLM: `` and what ``validate`` says of the folder, or ``transformers: ``.
 
     Raises:
         InputError: the plan is for another model or another calibration.
-        ModelError: the model is quantized or accelerated already, or its generation config cannot
-            be saved; the tokenizer is of another vocabulary.
+        ModelError: the model is quantized or accelerated already, or its generation config cannot be saved; the
+            tokenizer is of another vocabulary.
         TreatmentError: no form says what a treatment does (``LLMInt8``; int8 where there is no ``torch.nn.Linear``), or
             ``for_vllm`` and the plan does not treat alike what vLLM multiplies by as one matrix.
         RunError: the folder holds something, or cannot be written.
@@ -75,7 +75,7 @@ def export_checkpoint(
         raise InputError(f"tokenizer: expected the model's, got {type(tokenizer).__name__}")
     decoder = Decoder.of(model, calibration)
     plan.check(decoder)
-    _check_whole(model)
+    _check_base(model)
     check_storable(model)
     check_vocabulary(model, tokenizer)
     forms = _forms(decoder, plan)
@@ -87,10 +87,11 @@ def export_checkpoint(
         _write_model(unfinished, decoder, plan, forms)
         tokenizer.save_pretrained(unfinished)
         (unfinished / PLAN).write_text(json.dumps(plan.to_json(), indent=2) + "\n")
-        problems.extend(validate(unfinished))
-        if for_vllm and problems:
-            raise TreatmentError(f"vLLM would not load this: {problems[0]}{_more(problems)}")
-        problems.extend(_not_for_transformers(decoder, forms))
+        found = validate(unfinished)
+        if for_vllm and found:
+            raise TreatmentError(f"vLLM would not load this: {found[0]}{_more(found)}")
+        problems.extend(f"vLLM: {line}" for line in found)
+        problems.extend(f"transformers: {line}" for line in _not_for_transformers(decoder, forms))
 
     problems: list[str] = []
     write_folder(folder, write)
@@ -118,23 +119,23 @@ def _forms(decoder: Decoder, plan: Plan) -> dict[str, str]:
 
 
 def _not_for_transformers(decoder: Decoder, forms: Mapping[str, str]) -> list[str]:
-    """Why plain transformers (5.23) does not load the folder, as lines that begin with its name."""
+    """Why plain transformers (5.23) does not load the folder, a line each; ``load_export`` does."""
     experts = [
         name
         for name, parameter in decoder.model.named_parameters()
         if parameter.dim() > 2 and "experts" in name
     ]
     if forms and experts:
-        return [f"transformers does not load models with experts ({experts[0]}) if anything is quantized"]
+        return [f"does not load a model with experts ({experts[0]}) of which anything is quantized"]
     packed = (decoder.component(path) for path, form in forms.items() if form == PACK_QUANTIZED)
     return [
-        f"transformers does not load a {type(component.module).__name__} packed: {component.path}"
+        f"does not load a {type(component.module).__name__} packed: {component.path}"
         for component in packed
         if type(component.module) is not nn.Linear
     ]
 
 
-def _check_whole(model: PreTrainedModel) -> None:
+def _check_base(model: PreTrainedModel) -> None:
     """The model has the weights that the plan was made for, not what became of them."""
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from dtm_fast.errors import MeasurementError
 
-_ROWS = 32
+_ROWS = 32  # positions whose logits, of the whole vocabulary and in float32, are held at a time
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """What a search may do to each unit, and how large the whole then is."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
@@ -50,17 +49,15 @@ class Options:
         outside = {path: shape for path, shape in self._shapes.items() if path not in set(inside)}
         self._outside = configuration_bits(outside, {})
 
-    def of_kind(self, kind: type[Treatment]) -> "Options":
-        """The same with the treatments of one class alone."""
-        other = copy.copy(self)
-        other.treatments = [each for each in self.treatments if type(each) is kind]
-        other.choices = [None, *other.treatments]
-        return other
-
     def bits(self, unit: Unit, choice: Choice) -> int:
         """Bits that a unit takes."""
         shapes = {path: self._shapes[path] for path in unit}
         return configuration_bits(shapes, {} if choice is None else dict.fromkeys(unit, choice))
+
+    @property
+    def smallest(self) -> int:
+        """The fewest bits that the units can take."""
+        return sum(min(self.bits(unit, each) for each in self.choices) for unit in self.units)
 
     def limit(self, budget: float) -> int:
         """The bits that a budget, in bits for each weight of all components, leaves for the units.
@@ -68,23 +65,15 @@ class Options:
         Raises:
             InputError: it cannot be reached; the message names the smallest that can.
         """
-        if not self.reaches(budget):
+        smallest = self._outside + self.smallest
+        if not math.isfinite(budget * self._weights) or budget * self._weights < smallest:
             # Rounded up, so that what the message names can be asked for.
-            least = math.ceil(self._smallest / self._weights * 1000) / 1000
+            least = math.ceil(smallest / self._weights * 1000) / 1000
             raise InputError(
                 f"budget: {budget:g} effective bits cannot be reached; the smallest that these treatments reach "
                 f"is {least:g}"
             )
         return math.floor(budget * self._weights) - self._outside
-
-    def reaches(self, budget: float) -> bool:
-        """Whether some configuration is within a budget."""
-        return math.isfinite(budget * self._weights) and budget * self._weights >= self._smallest
-
-    @property
-    def _smallest(self) -> int:
-        units = sum(min(self.bits(unit, each) for each in self.choices) for unit in self.units)
-        return self._outside + units
 
     def alone(self) -> list[Configuration]:
         """Every unit alone under every treatment, unit by unit."""

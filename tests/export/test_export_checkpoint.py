@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from made_export import ATTENTION, GATED, MIXED, WITH_DROP, model_in, plan_for
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM
 
 import dtm_fast as dtm
 from dtm_fast.compression import GPTQ, W8A8, Drop, Int8, LLMInt8, Prune, SparseGPT
@@ -222,7 +222,7 @@ def test_a_torn_set_is_a_warning_and_for_vllm_an_error(export, tmp_path):
     assert list(tmp_path.iterdir()) == []
     problems = export(torn).problems
     assert len(problems) == 2
-    assert problems[0].startswith("model.layers.0.self_attn.qkv_proj: ")
+    assert problems[0].startswith("vLLM: model.layers.0.self_attn.qkv_proj: ")
     assert "gate_proj is ignored, up_proj is in group_01" in problems[1]
 
 
@@ -349,21 +349,10 @@ def test_other_families_are_exported_as_well(export, family):
 
 @pytest.mark.filterwarnings("ignore:.*are no components")
 def test_what_plain_transformers_does_not_load_is_said(export):
-    config = MixtralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        vocab_size=tiny.VOCABULARY,
-        max_position_embeddings=64,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    q = "model.layers.0.self_attn.q_proj"
-    exported = export({q: W8A8()}, model)
-    (said,) = [line for line in exported.problems if line.startswith("transformers")]
-    assert "does not load models with experts (model.layers.0.mlp.experts" in said
+    model = tiny.with_experts()
+    exported = export({"model.layers.0.self_attn.q_proj": W8A8()}, model)
+    (said,) = [line for line in exported.problems if line.startswith("transformers: ")]
+    assert "does not load a model with experts (model.layers.0.mlp.experts" in said
     with pytest.raises(RuntimeError):
         AutoModelForCausalLM.from_pretrained(exported.folder)
     load_export(exported.folder)

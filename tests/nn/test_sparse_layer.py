@@ -36,14 +36,14 @@ def test_it_gives_what_the_operation_gives(bias: bool, dtype: torch.dtype, packe
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-def test_mixed_precision_casts_as_it_does_for_a_torch_linear(bias: bool) -> None:
-    _, _, layer = random_layer(bias=bias)
+def test_mixed_precision_casts_input_and_bias(bias: bool) -> None:
+    linear, mask, layer = random_layer(bias=bias)
+    weight = ops.SparseWeight.pack(linear.weight, ops.pack_mask(mask))
+    half = None if linear.bias is None else linear.bias.bfloat16()
     for x in (torch.randn(5, 300), torch.randn(5, 300).bfloat16()):
         with torch.autocast("cpu", torch.bfloat16):
-            y, expected = layer(x), layer.to_linear()(x)
-        assert y.dtype == expected.dtype == torch.bfloat16
-        # Both round to bfloat16, up to 2^-8 each.
-        torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)
+            y = layer(x)
+        assert torch.equal(y, ops.sparse_linear(x.bfloat16(), weight, half))
 
 
 def test_without_a_mask_it_keeps_what_is_not_zero() -> None:

@@ -116,12 +116,14 @@ class Feud(FirstCause):
         return found
 
 
+@pytest.mark.parametrize("refinements", [0, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_it_is_no_worse_than_any_kind_of_treatment_alone(tmp_path, seed):
-    evaluator = Feud(6, seed)
-    found = search(evaluator, tmp_path, (12.0,), refinements=0).chosen
+@pytest.mark.parametrize("kind_of_model", [Feud, FirstCause])
+def test_it_is_no_worse_than_any_kind_of_treatment_alone(tmp_path, kind_of_model, seed, refinements):
+    evaluator = kind_of_model(6, seed)
+    found = search(evaluator, tmp_path, (12.0,), refinements=refinements).chosen
     for kind in (TREATMENTS[:1], TREATMENTS[1:]):
-        alone = search(evaluator, tmp_path, (12.0,), kind, refinements=0).chosen
+        alone = search(evaluator, tmp_path, (12.0,), kind, refinements=refinements).chosen
         assert (found.fdt75, found.fdt) >= (alone.fdt75, alone.fdt)
     assert found.fdt > 0
 
