@@ -41,6 +41,7 @@ from functools import cached_property
 import torch
 
 from dtm_fast.ops import checks
+from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.rounding import (
     ENLARGED,
     LARGEST_LOGIT,
@@ -81,6 +82,7 @@ class Certificate:
     """The count of in-place changes of lm_head when this was built; None where torch does not count."""
 
     @classmethod
+    @without_autocast
     def build(
         cls, hidden: torch.Tensor, lm_head: torch.Tensor, *, k: int | Sequence[int] = (16, 128)
     ) -> "Certificate":

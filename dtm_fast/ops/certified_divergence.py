@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.certificate import Certificate
 from dtm_fast.ops.certificate_threats import count_threats
 
@@ -17,6 +18,7 @@ Mismatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """hidden [R, D], lm_head [v, D], reference [R] -> bool [R]: the full op on rows."""
 
 
+@without_autocast
 def certified_mismatch(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,

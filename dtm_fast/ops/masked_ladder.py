@@ -3,6 +3,7 @@
 import torch
 
 from dtm_fast.ops import native
+from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.mask_bits import unpack_mask_reference
 
 
@@ -17,6 +18,7 @@ def check_nested(mask: torch.Tensor) -> None:
         )
 
 
+@without_autocast
 def masked_ladder_reference(
     x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.library import register
 from dtm_fast.ops.mask_bits import check_packed, unpack_mask_reference
 from dtm_fast.ops.masked_ladder import check_nested, masked_ladder_cpu, masked_ladder_reference
@@ -65,6 +66,7 @@ def masked_linear(
     return _run(x, weight, mask, bias, backend, nested)
 
 
+@without_autocast
 def masked_linear_reference(
     x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:

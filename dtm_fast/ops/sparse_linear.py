@@ -5,6 +5,7 @@ from typing import cast
 import torch
 
 from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.library import register
 from dtm_fast.ops.sparse_weight import SparseWeight, check_shapes, entries
 
@@ -57,6 +58,7 @@ def packed_sparse_linear(
     return _run(x, values, columns, rows, steps, N, K, bias, backend)
 
 
+@without_autocast
 def sparse_linear_reference(
     x: torch.Tensor,
     values: torch.Tensor,

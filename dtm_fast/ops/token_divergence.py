@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.certificate import Certificate
 from dtm_fast.ops.certified_divergence import certified_mismatch
 from dtm_fast.ops.library import register
@@ -110,6 +111,7 @@ def token_divergence(
     return Divergence(*_run(hidden, lm_head, reference, backend))
 
 
+@without_autocast
 def mismatch_and_nll_reference(
     hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
