@@ -135,11 +135,12 @@ def sweep_table(ranked: list[str], measured: Mapping[str, Measurement], ends: in
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan's curve, its own point marked."""
+    """The plan's curve and its own point, marked."""
     table = Table(title=f"Plan: {plan.search}")
     for column in ("components", "share", "bits", "FDT_75", "FDT", "SDT", "DPPL", ""):
         table.add_column(column, justify="right")
-    for p in plan.curve:
+    apart = [] if plan.chosen is None or plan.chosen in plan.curve else [plan.chosen]
+    for p in (*plan.curve, *apart):
         chosen = "← plan" if p == plan.chosen else ""
         table.add_row(
             str(p.components),

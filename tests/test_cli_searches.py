@@ -50,7 +50,21 @@ def test_a_joint_search_and_the_same_again_measures_nothing(search, command, tmp
     assert all(point.bits <= budget for budget, point in reached_by(plan).items())
     again, same = search("joint", *arguments)
     assert (again.code, same) == (0, plan)
+    with RunDirectory.read(tmp_path / "run" / "confirming") as confirming:
+        assert plan.how["confirmed_on"] == 4
+        assert 0 < len(confirming.journal) < 20
     assert command("report", tmp_path / "run").code == 0
+
+
+def test_a_joint_search_without_other_probes(search, tmp_path, text_file):
+    arguments = ("--treatment", "int8", "--budget", 11, "--refinements", 0)
+    ended, plan = search("joint", *arguments, "--confirm", 0)
+    assert (ended.code, plan.how["confirmed_on"]) == (0, None)
+    assert not (tmp_path / "run" / "confirming").exists()
+    text_file.write_text(text_file.read_text()[:32])
+    ended, plan = search("joint", *arguments, "--run", tmp_path / "short", "--prefix", 8)
+    assert ended.code == 0
+    assert "not confirmed: the text has no other prefixes of 8 tokens than the" in ended.err
 
 
 def test_what_other_criteria_choose(search, tmp_path):
@@ -136,6 +150,7 @@ def test_treatments_that_look_at_activations(search):
         ),
         (("prune", "--batch", 8), "options of a training (--masked-steps, --batch …) need --recover"),
         (("sweep", "--evaluator", "reference", "--memory", 1), "memory: the reference keeps no states"),
+        (("joint", "--budget", 11, "--confirm", -1), "confirm: a whole number of at least 0, not -1"),
         (("joint", "--budget", 11, "--refinements", -1), "refinements: a whole number of at least 0, not -1"),
         (("sweep", "--memory", "inf"), "memory: 0 to 1048576 GiB, not inf"),
         (("sweep", "--memory", "nan"), "memory: 0 to 1048576 GiB, not nan"),

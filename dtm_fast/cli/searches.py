@@ -190,20 +190,36 @@ def joint_command(
     budget: Budgets,
     treatment: TreatmentNames = ["int8", "int4(64)", "prune(0.3)", "prune(0.5)", "prune(0.7)"],  # noqa: B006
     refinements: Annotated[int, typer.Option(help="How often each budget's best is improved.")] = 1,
+    confirm: Annotated[
+        int | None,
+        typer.Option(
+            help="Other probes, which decide between the best that was found; as many as --probes, 0 for none."
+        ),
+    ] = None,
     fused: Fused = False,
     as_json: AsJson = False,
 ) -> None:
     """Chooses for each component whether to prune, to quantize or to keep it, within a size; shows the front."""
     treatments = [parse_treatment(each) for each in treatment]
     check_refinements(refinements)
+    if confirm is not None and confirm < 0:
+        raise InputError(f"confirm: a whole number of at least 0, not {confirm}")
 
     def expected(size: int) -> int:
         searches = 1 + len({type(each) for each in treatments})
         return size * len(treatments) + len(budget) * searches * (3 + refinements * (2 * size + 4))
 
-    with session(setting, treatments, "joint", expected, quiet=as_json) as running:
+    others = setting.probes if confirm is None else confirm
+    with session(setting, treatments, "joint", expected, confirm=others, quiet=as_json) as running:
         chosen_units = units(running.evaluator.decoder, fused)
-        found = joint_search(running.recorded, treatments, chosen_units, budget, refinements=refinements)
+        found = joint_search(
+            running.recorded,
+            treatments,
+            chosen_units,
+            budget,
+            refinements=refinements,
+            confirming=running.confirming,
+        )
         _finish(running, setting, found, as_json)
 
 

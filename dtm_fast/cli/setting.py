@@ -5,7 +5,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import wraps
@@ -33,7 +33,7 @@ from dtm_fast.cli.options import (
     dtype_of,
 )
 from dtm_fast.compression import Treatment
-from dtm_fast.errors import InputError
+from dtm_fast.errors import InputError, ProbeError
 from dtm_fast.measure import (
     DEFAULT_SOURCE,
     EXTRA_METRICS,
@@ -80,12 +80,15 @@ class Session:
         directory: the run directory.
         recorded: measures into its journal, and shows progress.
         tokenizer: the model's.
+        confirming: measures on other probes, into the journal of ``confirming`` in the run directory; None where none
+            are wanted or the text has none.
     """
 
     evaluator: Evaluator | ReferenceEvaluator
     directory: RunDirectory
     recorded: RecordedEvaluator
     tokenizer: PreTrainedTokenizerBase
+    confirming: RecordedEvaluator | None
 
     @property
     def floor(self) -> Floor:
@@ -137,6 +140,7 @@ def session(
     expected: Callable[[int], int],
     *,
     calibrated: bool = False,
+    confirm: int = 0,
     quiet: bool = False,
 ) -> Iterator[Session]:
     """A search's session, with run.json saying how it is run; Ctrl-C ends with how to go on.
@@ -147,6 +151,7 @@ def session(
         title: beside the progress bar.
         expected: about how many measurements there will be for so many components.
         calibrated: whether a calibration is needed even where no treatment needs one.
+        confirm: other probes to confirm on.
         quiet: no progress.
     """
     check_evaluator(setting.evaluator, setting.memory)
@@ -155,43 +160,64 @@ def session(
     console.show_note(
         f"{setting.probes} probes of {setting.prefix} + {setting.completion} tokens: the base writes its completions …"
     )
-    probes = Probes.from_text(
-        model,
-        tokenizer,
-        documents,
-        setting.prefix,
-        setting.completion,
-        setting.probes,
-        batch_size=setting.batch_size,
-    )
+
+    def probes_of(count: int, other_than: Probes | None = None) -> Probes:
+        return Probes.from_text(
+            model,
+            tokenizer,
+            documents,
+            setting.prefix,
+            setting.completion,
+            count,
+            batch_size=setting.batch_size,
+            other_than=other_than,
+        )
+
+    probes = probes_of(setting.probes)
+    confirming_probes = None
+    if confirm:
+        console.show_note(f"{confirm} other probes, to confirm on …")
+        try:
+            confirming_probes = probes_of(confirm, probes)
+        except ProbeError as error:
+            console.show_note(f"not confirmed: {error}")
     calibration = None
     calibration_documents = read_documents(setting.calibration)
     if calibrated or any(treatment.needs_inputs for treatment in treatments):
         console.show_note("calibrating: the base's activations …")
         calibration = Calibration.from_text(model, tokenizer, calibration_documents)
-    identity = {
-        "model": model_identity(model),
-        "probes": probes.identity,
-        # Of the text alone, so that a run may begin with treatments that need none of it.
-        "calibration": hashlib.sha256(json.dumps(calibration_documents).encode()).hexdigest(),
-    }
-    evaluator: Evaluator | ReferenceEvaluator
-    if setting.evaluator == "reference":
-        evaluator = ReferenceEvaluator(model, probes, calibration=calibration)
-    else:
-        bound = None if setting.memory is None else int(setting.memory * 2**30)
+    of_text = hashlib.sha256(json.dumps(calibration_documents).encode()).hexdigest()
+
+    def identity_of(probes: Probes) -> dict[str, str]:
+        # The calibration's is of its text alone, so that a run may begin with treatments that need none of it.
+        return {"model": model_identity(model), "probes": probes.identity, "calibration": of_text}
+
+    def evaluator_of(probes: Probes, bound: int | None) -> Evaluator | ReferenceEvaluator:
+        if setting.evaluator == "reference":
+            return ReferenceEvaluator(model, probes, calibration=calibration)
         layers = _LAYERS[_LAYERS.index(setting.evaluator)]
-        evaluator = Evaluator(model, probes, memory=bound, layers=layers, calibration=calibration)
+        return Evaluator(model, probes, memory=bound, layers=layers, calibration=calibration)
+
+    evaluator = evaluator_of(probes, None if setting.memory is None else int(setting.memory * 2**30))
+    if isinstance(evaluator, Evaluator):
         console.show_note(f"measuring with {evaluator.engine}")
-    with RunDirectory.resume(setting.run, identity) as directory:
+    with ExitStack() as held:
+        directory = held.enter_context(RunDirectory.resume(setting.run, identity_of(probes)))
         if len(directory.journal):
             console.show_note(f"{setting.run}: resuming, {len(directory.journal)} measurements are known")
+        confirming = None
+        if confirming_probes is not None:
+            other = RunDirectory.resume(setting.run / "confirming", identity_of(confirming_probes))
+            # What is confirmed treats nearly all layers: states kept within them would be of no use.
+            confirming = RecordedEvaluator(
+                evaluator_of(confirming_probes, 0), held.enter_context(other).journal
+            )
         try:
             directory.write_json("run.json", _described(evaluator, setting))
             total = expected(len(evaluator.decoder.components))
             with console.progress(title, total, quiet=quiet) as on_finished:
                 recorded = RecordedEvaluator(evaluator, directory.journal, on_finished)
-                yield Session(evaluator, directory, recorded, tokenizer)
+                yield Session(evaluator, directory, recorded, tokenizer, confirming)
         except KeyboardInterrupt:
             console.show_note(
                 f"interrupted: {len(directory.journal)} measurements are kept in {setting.run}; "

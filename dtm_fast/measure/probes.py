@@ -69,6 +69,7 @@ class Probes:
         *,
         batch_size: int = 8,
         cache: bool = True,
+        other_than: "Probes | None" = None,
     ) -> "Probes":
         """Cuts ``text`` into prefixes and lets the base model complete them greedily.
 
@@ -85,10 +86,11 @@ class Probes:
             batch_size: rows in one forward pass.
             cache: keep the probes on disk, by model, tokenizer, prefixes, n, N, dtype and batch size, and take
                 them from there the next time.
+            other_than: probes whose prefixes are left out, so that these may judge what those chose.
 
         Raises:
-            ProbeError: if a length is not positive or beyond the model's context, or the text is shorter than
-                one prefix.
+            ProbeError: if a length is not positive or beyond the model's context, the text is shorter than one
+                prefix, or ``other_than`` has prefixes of another length or all that the text has.
             ModelError: if the tokenizer is of another vocabulary.
 
         Source: Deiseroth et al. 2023 (papers.md §1.1, §1.3).
@@ -108,6 +110,8 @@ class Probes:
             )
         check_vocabulary(model, tokenizer)
         prefixes = _cut(tokenizer, [text] if isinstance(text, str) else text, prefix)
+        if other_than is not None:
+            prefixes = _without(prefixes, other_than)
         if len(prefixes) < count:
             warnings.warn(
                 f"the text has {len(prefixes)} prefixes of {prefix} tokens, not {count}", stacklevel=2
@@ -168,6 +172,18 @@ def _cut(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], n: int) -
     if not rows:
         raise ProbeError(f"the text is shorter than one prefix: {total} tokens, a prefix has {n}")
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def _without(prefixes: Tensor, other: Probes) -> Tensor:
+    """The rows that are no prefix of ``other``."""
+    n = prefixes.shape[1]
+    if other.prefix != n:
+        raise ProbeError(f"other_than: its prefixes have {other.prefix} tokens, not {n}")
+    taken = set(map(tuple, other.tokens[:, :n].tolist()))
+    left = [place for place, row in enumerate(prefixes.tolist()) if tuple(row) not in taken]
+    if not left:
+        raise ProbeError(f"the text has no other prefixes of {n} tokens than the {len(taken)} of other_than")
+    return prefixes[left]
 
 
 def _cache_file(

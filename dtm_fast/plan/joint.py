@@ -25,6 +25,8 @@ from dtm_fast.plan.units import Unit
 
 SEARCH = "joint"
 METRICS = ("dppl", "sdt")
+FINALISTS = 5
+"""How many of each search are measured on the probes that confirm, for each budget."""
 _RELUCTANCE = (0.0, 0.5, 0.8, 0.95)
 
 
@@ -35,6 +37,7 @@ def joint_search(
     budgets: Sequence[float],
     *,
     refinements: int = 1,
+    confirming: RecordedEvaluator | None = None,
 ) -> Plan:
     """The best configuration found for the first budget, and on the way for others: a front of size and divergence.
 
@@ -45,9 +48,11 @@ def joint_search(
     3. The best of each budget is refined: from its states (``Evaluator.rebased``) every unit is measured under the next
        smaller and the next larger of its options, so that harms are those beside all others, and the knapsack is solved
        again; once as it is, and with more and more reluctance to change.
+    4. The best of many on a few probes is partly luck, and luck does not carry over: with ``confirming``, the best
+       ``FINALISTS`` that each search has found are measured on other probes, and the best there is taken.
 
     Steps 2 and 3 are done with each kind of treatment alone, and then with all, from the best of what was found: so on
-    the probes that choose, the mixture is never worse than pruning alone or int8 alone.
+    the probes that decide, the mixture is never worse than pruning alone or int8 alone.
 
     Nothing is measured twice, also not by another search in the same journal.
 
@@ -58,16 +63,20 @@ def joint_search(
         budgets: effective bits of a component's weight on average, 16 being those of the model as it is; the plan is
             for the first.
         refinements: how often step 3 is done for each budget.
+        confirming: measures the same model on other probes (``Probes.from_text(other_than=)``), into its own journal.
 
     Returns:
-        A plan whose curve is the front of mean FDT over size; ``reached_by`` says what each budget reached.
+        A plan whose curve is the front of mean FDT over size; ``reached_by`` says what each budget reached. Both are
+        of the probes that decide.
 
     Raises:
         InputError: a budget that cannot be reached, which names the smallest that can; no budget; no treatment; a
-            number of refinements that cannot be meant.
+            number of refinements that cannot be meant; ``confirming`` is of another model or has the same probes.
         ComponentError, TreatmentError: a treatment does not fit a component.
     """
     check_refinements(refinements)
+    if confirming is not None:
+        _check_confirming(confirming, recorded)
     options = Options(recorded.decoder, treatments, units)
     limits = [options.limit(budget) for budget in budgets]
     if not limits:
@@ -75,13 +84,23 @@ def joint_search(
     kinds: dict[type[Treatment], list[Treatment]] = {}
     for each in options.treatments:
         kinds.setdefault(type(each), []).append(each)
-    seen: dict[str, Measurement] = {}
-    of_kinds = [_Search(recorded, Options(recorded.decoder, kind, units), seen) for kind in kinds.values()]
-    of_all = _Search(recorded, options, seen)
-    best = []
+    of_kinds = [
+        _Search(recorded, Options(recorded.decoder, kind, units)) for kind in kinds.values() if len(kinds) > 1
+    ]
+    of_all = _Search(recorded, options)
     for limit in limits:
         alone = [search.best(limit, refinements) for search in of_kinds if search.options.smallest <= limit]
-        best.append(alone[0] if len(kinds) == 1 else of_all.best(limit, refinements, alone))
+        of_all.best(limit, refinements, alone)
+    most = None if confirming is None else FINALISTS
+    finalists = [
+        {name: found for each in (*of_kinds, of_all) for name, found in each.best_within(limit, most).items()}
+        for limit in limits
+    ]
+    deciding = {name: found for row in finalists for name, found in row.items()}
+    if confirming is not None:
+        configurations = [found.configuration for found in deciding.values()]
+        deciding = dict(zip(deciding, confirming.measure(configurations, METRICS), strict=True))
+    best = [deciding[rank({name: deciding[name] for name in row})[0]] for row in finalists]
     reached = [Point.of(recorded.decoder, found) for found in best]
     return Plan(
         configuration=dict(best[0].configuration),
@@ -91,11 +110,12 @@ def joint_search(
             "budgets": list(budgets),
             "units": len(units),
             "refinements": refinements,
+            "confirmed_on": None if confirming is None else len(confirming.evaluator.probes),
             "reached": [asdict(point) for point in reached],
         },
         model=recorded.model_identity,
         calibration=recorded.decoder.calibration,
-        curve=front(Point.of(recorded.decoder, found) for found in seen.values()),
+        curve=front(Point.of(recorded.decoder, found) for found in deciding.values()),
         chosen=reached[0] if best[0].configuration else None,
     )
 
@@ -112,20 +132,26 @@ def reached_by(plan: Plan) -> Mapping[float, Point]:
     return dict(zip(plan.how["budgets"], points, strict=True))
 
 
+def _check_confirming(confirming: RecordedEvaluator, recorded: RecordedEvaluator) -> None:
+    if confirming.model_identity != recorded.model_identity:
+        raise InputError("confirming: it measures another model")
+    if confirming.evaluator.probes.identity == recorded.evaluator.probes.identity:
+        raise InputError("confirming: its probes are those that choose")
+
+
 class _Search:
     """The search among some treatments.
 
     Args:
         recorded: measures.
         options: what may be chosen.
-        seen: gets every joint configuration that is measured, by its identity.
     """
 
-    def __init__(self, recorded: RecordedEvaluator, options: Options, seen: dict[str, Measurement]) -> None:
+    def __init__(self, recorded: RecordedEvaluator, options: Options) -> None:
         """Measures every unit alone, and the base."""
         self.options = options
         self._recorded = recorded
-        self._seen = seen
+        self._seen: dict[str, Measurement] = {}
         base, *found = recorded.measure([{}, *options.alone()], METRICS)
         self._proposals = self._harms(base, found)
 
@@ -136,6 +162,15 @@ class _Search:
         for _ in range(refinements):
             found = self._refined(limit, found)
         return found
+
+    def best_within(self, limit: int, most: int | None) -> dict[str, Measurement]:
+        """The best, ``most`` or all, of at most ``limit`` bits that were measured, by their identities."""
+        inside = {
+            name: found
+            for name, found in self._seen.items()
+            if self.options.bits_of(found.configuration) <= limit
+        }
+        return {name: inside[name] for name in rank(inside)[:most]}
 
     def _harms(
         self, base: Measurement, alone: Sequence[Measurement]

@@ -54,6 +54,10 @@ class Options:
         shapes = {path: self._shapes[path] for path in unit}
         return configuration_bits(shapes, {} if choice is None else dict.fromkeys(unit, choice))
 
+    def bits_of(self, configuration: Configuration) -> int:
+        """Bits that all units take."""
+        return configuration_bits(self._shapes, configuration) - self._outside
+
     @property
     def smallest(self) -> int:
         """The fewest bits that the units can take."""

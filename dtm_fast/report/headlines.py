@@ -124,8 +124,13 @@ def _joint(content: Content, plan: Plan, search: Joint, point: Point) -> str:
     ]
     if kept := len(content.setting.components) - len(plan.configuration):
         kinds.append(f"{kept} as they were")
+    where = (
+        ""
+        if search.confirmed_on is None
+        else f" on {search.confirmed_on} probes that the search had not seen"
+    )
     return (
-        f"Within {number(search.budgets[0])} effective bits a weight, {_does(content, point)}: "
+        f"Within {number(search.budgets[0])} effective bits a weight, {_does(content, point)}{where}: "
         f"of {len(content.setting.components)} components {listed(kinds)}."
     )
 

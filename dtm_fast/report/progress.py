@@ -61,6 +61,12 @@ def progress_section(content: Content) -> str:
             "The small dots are all joint configurations that were measured, most of them on the way to better ones "
             "and for FDT alone; the diamond is the plan."
         )
+        if search.confirmed_on is not None:
+            note += (
+                f" Line and diamond are of {search.confirmed_on} probes that the search had not seen, which decided "
+                "between the best that it found; the dots are of the probes by which it searched, where the best are "
+                "partly lucky."
+            )
         inside = _joint_table(plan, search)
     else:
         return ""

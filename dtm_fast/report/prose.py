@@ -77,9 +77,12 @@ def _plan(content: Content) -> str:
         )
     if isinstance(search, Joint):
         budgets = listed([number(budget) for budget in search.budgets])
+        confirmed = (
+            "" if search.confirmed_on is None else f", confirmed on {search.confirmed_on} other probes"
+        )
         return (
             f"joint search of {listed(search.treatments)} for {counted(search.units, 'unit')} within {budgets} "
-            f"effective bits a weight, {counted(search.refinements, 'refinement')} each"
+            f"effective bits a weight, {counted(search.refinements, 'refinement')} each{confirmed}"
         )
     return content.plan.search
 

@@ -59,12 +59,16 @@ class Beam:
 
 @dataclass(frozen=True)
 class Joint:
-    """The joint search; ``reached`` has a point for each of ``budgets`` (effective bits), ``units`` is their number."""
+    """The joint search; ``reached`` has a point for each of ``budgets`` (effective bits), ``units`` is their number.
+
+    ``confirmed_on`` other probes decided and are what the points are of; None: there were none.
+    """
 
     treatments: list[str]
     budgets: list[float]
     units: int
     refinements: int
+    confirmed_on: int | None
     reached: list[Point]
 
 
@@ -130,6 +134,7 @@ def _search(plan: Plan, setting: Setting) -> Search | None:
             budgets=budgets,
             units=whole(how["units"]),
             refinements=whole(how["refinements"]),
+            confirmed_on=None if how["confirmed_on"] is None else whole(how["confirmed_on"], least=1),
             reached=reached,
         )
     return None

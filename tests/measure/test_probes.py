@@ -43,6 +43,25 @@ def test_no_prefix_is_taken_twice(llama, count):
     assert len(set(prefixes(probes_of(llama, text, prefix=2, completion=1, count=count)))) == count
 
 
+def test_other_probes_are_of_what_is_left(llama):
+    text = "".join(4 * chr(97 + i) for i in range(21))
+    first = probes_of(llama, text, count=5)
+    assert prefixes(probes_of(llama, text, count=4, other_than=first)) == ["bbbb", "hhhh", "nnnn", "tttt"]
+    with pytest.warns(UserWarning, match="the text has 16 prefixes"):
+        rest = probes_of(llama, text, count=64, other_than=first)
+    assert sorted(prefixes(rest) + prefixes(first)) == [4 * chr(97 + i) for i in range(21)]
+
+
+def test_a_text_without_others_has_none(llama):
+    every = probes_of(llama, "abcdefghijkl")
+    with pytest.raises(
+        ProbeError, match="the text has no other prefixes of 4 tokens than the 3 of other_than"
+    ):
+        probes_of(llama, "abcdefghijkl", other_than=every)
+    with pytest.raises(ProbeError, match="other_than: its prefixes have 4 tokens, not 3"):
+        probes_of(llama, "abcdefghijkl", prefix=3, other_than=every)
+
+
 def test_a_text_with_fewer_prefixes_gives_all_with_a_warning(llama):
     with pytest.warns(UserWarning, match="the text has 3 prefixes of 4 tokens, not 64"):
         assert len(probes_of(llama, "abcdefghijkl", count=64)) == 3

@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from dtm_fast.measure.racing import fdt75
 from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.plan.comparison import chosen_by, compare
 from dtm_fast.plan.harms import shrunk
-from dtm_fast.plan.joint import joint_search, reached_by
+from dtm_fast.plan.joint import FINALISTS, joint_search, reached_by
 from dtm_fast.plan.plan import Plan, Point
 from dtm_fast.plan.units import units
 from dtm_fast.runs import Journal
@@ -28,27 +29,48 @@ N, PROBES = 100, 8
 TREATMENTS = (Int8(), Prune(0.5), Prune(0.75))
 
 
-class FirstCause:
-    """Every treated component diverges at some token of each probe; together they diverge where the first does."""
+class MadeProbes(NamedTuple):
+    identity: str
+    count: int
 
-    def __init__(self, components: int, seed: int = 0, fails_at: int | None = None) -> None:
-        draw = random.Random(seed)
+    def __len__(self) -> int:
+        return self.count
+
+
+class FirstCause:
+    """Every treated component diverges at some token of each probe; together they diverge where the first does.
+
+    Models of one seed are one model; ``probes`` names those that it is measured on, ``count`` of them.
+    """
+
+    def __init__(
+        self,
+        components: int,
+        seed: int = 0,
+        fails_at: int | None = None,
+        *,
+        probes: str = "choosing",
+        count: int = PROBES,
+    ) -> None:
+        draw, draw_other = random.Random(seed), random.Random(f"{seed} {probes}")
         shapes = {f"c{i}": (8, draw.choice([16, 32, 64])) for i in range(components)}
         self.decoder = SimpleNamespace(
             calibration="",
             components={path: SimpleNamespace(shape=s, numel=s[0] * s[1]) for path, s in shapes.items()},
         )
         self.decoder.component = self.decoder.components.__getitem__
-        self.probes = None
+        self.probes = MadeProbes(probes, count)
         self.measured: list[tuple[str, tuple[str, ...]]] = []
         self._fails_at = fails_at
-        # More sparsity harms more, int8 least; how much depends on the component.
-        self._places = {
-            (path, each.key): [draw.expovariate(scale * hurt) for _ in range(PROBES)]
-            for path in shapes
-            for hurt in [draw.choice([0.1, 1.0, 5.0])]
-            for each, scale in zip(TREATMENTS, (0.002, 0.01, 0.05), strict=True)
-        }
+        self._places = {}
+        for path in shapes:
+            # More sparsity harms more, int8 least; how much depends on the component.
+            hurt = draw.choice([0.1, 1.0, 5.0])
+            for each, scale in zip(TREATMENTS, (0.002, 0.01, 0.05), strict=True):
+                places = [draw.expovariate(scale * hurt) for _ in range(PROBES)]
+                if probes != "choosing":
+                    places = [draw_other.expovariate(scale * hurt) for _ in range(count)]
+                self._places[path, each.key] = places
 
     def iterate(self, configurations, metrics=()):
         for configuration in configurations:
@@ -58,15 +80,18 @@ class FirstCause:
             yield self.of(configuration)
 
     def of(self, configuration) -> Measurement:
-        places = [self._places[path, each.key] for path, each in configuration.items()]
-        fdt = [min([N, *(int(row[probe]) for row in places)]) for probe in range(PROBES)]
-        sdt = [len({int(row[probe]) for row in places if row[probe] < N}) for probe in range(PROBES)]
+        count, places = (
+            len(self.probes),
+            [self._places[path, each.key] for path, each in configuration.items()],
+        )
+        fdt = [min([N, *(int(row[probe]) for row in places)]) for probe in range(count)]
+        sdt = [len({int(row[probe]) for row in places if row[probe] < N}) for probe in range(count)]
         return Measurement(
             configuration=configuration,
             completion=N,
             fdt=torch.tensor(fdt),
             sdt=torch.tensor(sdt),
-            first_margin=torch.full((PROBES,), 0.5),
+            first_margin=torch.full((count,), 0.5),
             dppl=torch.tensor([2.0 ** (each / N) for each in sdt], dtype=torch.float64),
         )
 
@@ -126,6 +151,63 @@ def test_it_is_no_worse_than_any_kind_of_treatment_alone(tmp_path, kind_of_model
         alone = search(evaluator, tmp_path, (12.0,), kind, refinements=refinements).chosen
         assert (found.fdt75, found.fdt) >= (alone.fdt75, alone.fdt)
     assert found.fdt > 0
+
+
+def confirmed(folder: Path, seed: int, treatments=TREATMENTS) -> Plan:
+    """A search on eight probes that others confirm."""
+    folder.mkdir(exist_ok=True)
+    other = FirstCause(8, seed, probes="confirming", count=40)
+    run = RecordedEvaluator(other, Journal.open(folder / "confirming.sqlite", {"model": "made"}))
+    return search(FirstCause(8, seed), folder, (12.0, 10.0), treatments, confirming=run)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_other_probes_confirm_is_no_worse_on_them_than_any_kind_alone(tmp_path, seed):
+    plan = confirmed(tmp_path / "all", seed)
+    other = FirstCause(8, seed, probes="confirming", count=40)
+    measured = other.of(plan.configuration)
+    assert plan.chosen == Point.of(other.decoder, measured)
+    assert plan.how["confirmed_on"] == 40
+    assert all(point.bits <= budget for budget, point in reached_by(plan).items())
+    for place, kind in enumerate((TREATMENTS[:1], TREATMENTS[1:])):
+        alone = confirmed(tmp_path / str(place), seed, kind)
+        for budget, point in reached_by(alone).items():
+            ours = reached_by(plan)[budget]
+            assert (ours.fdt75, ours.fdt) >= (point.fdt75, point.fdt)
+    assert confirmed(tmp_path / "all", seed) == plan
+
+
+def test_what_is_confirmed_is_better_on_probes_that_nobody_has_seen(tmp_path):
+    """Of searches on eight probes: those are few enough that the best on them is mostly lucky."""
+    gains = []
+    for seed in range(8):
+        judge = FirstCause(8, seed, probes="judging", count=400)
+        with_others = confirmed(tmp_path / f"{seed}", seed)
+        without = search(FirstCause(8, seed), tmp_path / f"{seed}", (12.0, 10.0))
+        pair = [judge.of(plan.configuration).fdt.double().mean() for plan in (with_others, without)]
+        gains.append(float(pair[0] - pair[1]))
+    assert sum(gains) / len(gains) > 1
+    assert min(gains) > -1
+
+
+def test_only_finalists_are_measured_where_it_is_confirmed(tmp_path):
+    other = FirstCause(8, probes="confirming", count=40)
+    run = RecordedEvaluator(other, Journal.open(tmp_path / "confirming.sqlite", {"model": "made"}))
+    evaluator = FirstCause(8)
+    search(evaluator, tmp_path, (9.0,), confirming=run, refinements=3)
+    assert 0 < len(other.measured) <= 3 * FINALISTS < len(evaluator.measured)
+
+
+def test_what_cannot_confirm_is_refused_before_anything_is_measured(tmp_path):
+    evaluator = FirstCause(4)
+    with pytest.raises(InputError, match="confirming: its probes are those that choose"):
+        search(evaluator, tmp_path, confirming=recorded(FirstCause(4), tmp_path))
+    other = RecordedEvaluator(
+        FirstCause(4, probes="confirming"), Journal.open(tmp_path / "other.sqlite", {"model": "else"})
+    )
+    with pytest.raises(InputError, match="confirming: it measures another model"):
+        search(evaluator, tmp_path, confirming=other)
+    assert evaluator.measured == []
 
 
 def test_counted_harms_are_drawn_towards_their_treatments_by_hand():

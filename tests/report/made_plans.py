@@ -127,6 +127,7 @@ def write_joint(directory: RunDirectory) -> Plan:
             "budgets": [10.0, 15.5],
             "units": total,
             "refinements": 1,
+            "confirmed_on": None,
             "reached": [asdict(curve[1]), asdict(other)],
         },
         curve=curve,

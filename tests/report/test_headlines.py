@@ -13,6 +13,7 @@ from dtm_fast.plan import Plan
 from dtm_fast.report import write_report
 from dtm_fast.report.content import Content, read_content
 from dtm_fast.report.headlines import headline, tiles
+from dtm_fast.report.page import page
 from dtm_fast.report.prose import how_it_was_run, meanings
 from dtm_fast.report.wording import counted, listed, number, percent
 from dtm_fast.runs import RunDirectory
@@ -91,6 +92,13 @@ def test_a_joint_search(tmp_path: Path) -> None:
         "1 refinement each"
     )
     assert "effective bits" in meanings(content)
+    with make_run(tmp_path / "confirmed") as directory:
+        how = write_joint(directory).how
+        written(directory, "plan.json", {"how": {**how, "confirmed_on": 9}})
+        content = read_content(directory)
+    assert "the mean FDT 23.75 on 9 probes that the search had not seen: of 12" in headline(content)[0]
+    assert plan_row(content).endswith("1 refinement each, confirmed on 9 other probes")
+    assert "are of 9 probes that the search had not seen" in page(content)
 
 
 @pytest.mark.parametrize(
