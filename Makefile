@@ -77,17 +77,20 @@ test-tsan: .venv/dependencies
 	ctest --test-dir $(TSAN) --output-on-failure --parallel $(MAX_JOBS)
 
 # The whole suite as the machine is, at first what needs no machine to itself; then once per lower ISA what computes
-# with it, but for avx512_vnni: it adds int8_linear alone to avx512, of which the whole suite tests all of them. Threads of two processes that wait for each
-# other actively would need more cores than there are.
-TOGETHER := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(MAX_JOBS) --dist worksteal
+# with it, but for avx512_vnni: it adds int8_linear alone to avx512, of which the whole suite tests all of them.
+# Threads of two processes that wait for each other actively would need more cores than there are.
+PYTEST := $(BIN)/python -m pytest -q
 test-python: build browser bench-limits
-	$(TOGETHER) -m "not alone"
-	$(BIN)/python -m pytest -q -m alone
-	for isa in $$($(BIN)/python -c "from dtm_fast.ops.native import ISAS, detected_cpu_isa as best; \
-			print(*(isa for isa in ISAS[: ISAS.index(best() or 'reference')] if isa != 'avx512_vnni'))"); do \
-		echo "DTM_FAST_CPU_ISA=$$isa"; \
-		DTM_FAST_CPU_ISA=$$isa $(TOGETHER) -m "not model and not process and not once" \
-			tests/ops tests/nn tests/measure || exit 1; done
+	OMP_WAIT_POLICY=passive $(PYTEST) -n $(MAX_JOBS) --dist worksteal -m "not alone"
+	$(PYTEST) -m alone
+	$(MAKE) --jobs=$(MAX_JOBS) --output-sync $$($(BIN)/python -c "from dtm_fast.ops.native import ISAS, detected_cpu_isa; \
+		lower = ISAS[: ISAS.index(detected_cpu_isa() or 'reference')]; \
+		print(*(f'test-isa-{isa}' for isa in lower if isa != 'avx512_vnni'))")
+
+# One process each, several at a time: shared out among workers, their imports would cost as much as the tests.
+test-isa-%: build
+	DTM_FAST_CPU_ISA=$* OMP_WAIT_POLICY=passive $(PYTEST) -m "not model and not process and not once" \
+		tests/ops tests/nn tests/measure
 
 CONFIGURATIONS ?= 2000
 test-evaluator: build

@@ -25,6 +25,9 @@
     }                                                                             \
   } while (false)
 
+// For the inner loops of twins: one thread alone runs them, and ThreadSanitizer makes them ten times as slow.
+#define NO_THREAD_SANITIZER __attribute__((no_sanitize("thread")))
+
 namespace dtm_fast::test {
 
 // `size` elements between two canaries, at an address that is aligned to 8 bytes only. The destructor checks
@@ -52,6 +55,13 @@ class GuardedBuffer {
   static constexpr unsigned char kCanary = 0xa5;
   std::vector<unsigned char> bytes_;
 };
+
+// Whether ThreadSanitizer looks on, to which what runs on one thread alone says nothing.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThreadsOnly = true;
+#else
+constexpr bool kThreadsOnly = false;
+#endif
 
 // A small generator (Knuth's MMIX linear congruence, upper bits), the same on every machine.
 class Random {

@@ -359,6 +359,29 @@ void test_which_arithmetic(CpuIsa isa) {
   }
 }
 
+void test_on_one_thread(CpuIsa isa, LayerArithmetic arithmetic) {
+  const bool is_change = is_any_change(arithmetic);
+  test_packed_size(isa, arithmetic);
+  for (const LayerSizes& sizes : kSizes) {
+    for (int64_t at : {0, 5, 33}) test_not_finite(isa, arithmetic, sizes, at, kNan);
+    test_not_finite(isa, arithmetic, sizes, 33, kInfinity);
+    if (is_change) {
+      for (int which = 0; which < 8; ++which) test_change(isa, arithmetic, sizes, which / 2, which % 2 == 1);
+      test_no_change(isa, arithmetic, sizes);
+      continue;
+    }
+    test_against_the_twin(isa, arithmetic, sizes, kLongest);
+    for (int64_t hidden : {1, 20, 33, 48}) test_packing(isa, arithmetic, sizes, hidden);
+    for (float scale : {1e30f, -1e30f}) test_large_scores(isa, arithmetic, sizes, scale);
+  }
+  if (is_change) {
+    for (int which = 0; which < 4; ++which) test_change(isa, arithmetic, kWide, which, which % 2 == 1);
+  } else {
+    test_against_the_twin(isa, arithmetic, kWide, 33);
+    test_packing(isa, arithmetic, kSizes[1], kWide.hidden);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -383,30 +406,13 @@ int main() {
         continue;
       }
       const bool is_change = is_any_change(arithmetic);
-      test_packed_size(isa, arithmetic);
       uint64_t seed = 100;
       for (const LayerSizes& sizes : kSizes) {
         test_cuts(isa, arithmetic, sizes, true, ++seed);
-        for (int64_t at : {0, 5, 33}) test_not_finite(isa, arithmetic, sizes, at, kNan);
-        test_not_finite(isa, arithmetic, sizes, 33, kInfinity);
-        if (is_change) {
-          test_cuts(isa, arithmetic, sizes, false, ++seed);
-          for (int which = 0; which < 8; ++which)
-            test_change(isa, arithmetic, sizes, which / 2, which % 2 == 1);
-          test_no_change(isa, arithmetic, sizes);
-          continue;
-        }
-        test_against_the_twin(isa, arithmetic, sizes, kLongest);
-        test_starts(isa, arithmetic, sizes);
-        for (int64_t hidden : {1, 20, 33, 48}) test_packing(isa, arithmetic, sizes, hidden);
-        for (float scale : {1e30f, -1e30f}) test_large_scores(isa, arithmetic, sizes, scale);
+        if (is_change) test_cuts(isa, arithmetic, sizes, false, ++seed);
+        if (!is_change) test_starts(isa, arithmetic, sizes);
       }
-      if (is_change) {
-        for (int which = 0; which < 4; ++which) test_change(isa, arithmetic, kWide, which, which % 2 == 1);
-      } else {
-        test_against_the_twin(isa, arithmetic, kWide, 33);
-        test_packing(isa, arithmetic, kSizes[1], kWide.hidden);
-      }
+      if (!kThreadsOnly) test_on_one_thread(isa, arithmetic);
     }
   });
 }

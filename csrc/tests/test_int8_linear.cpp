@@ -18,6 +18,12 @@ int8_t value(Random& random, Values values, int64_t low) {
   return static_cast<int8_t>(random.bits() % 2 == 0 ? low : 127);
 }
 
+NO_THREAD_SANITIZER int64_t dot(const int8_t* a, const int8_t* b, int64_t K) {
+  int64_t sum = 0;
+  for (int64_t k = 0; k < K; ++k) sum += int64_t{a[k]} * b[k];
+  return sum;
+}
+
 // Tokens that quantize without error: integers times a power of two, 127 among them.
 void test_shape(CpuIsa isa, int64_t M, int64_t N, int64_t K, Values values, FloatType type, bool with_bias) {
   Random random(static_cast<uint64_t>(M * 100000 + N * 1000 + K));
@@ -51,8 +57,7 @@ void test_shape(CpuIsa isa, int64_t M, int64_t N, int64_t K, Values values, Floa
               2);
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t n = 0; n < N; ++n) {
-      int64_t acc = 0;
-      for (int64_t k = 0; k < K; ++k) acc += int64_t{qx[m * K + k]} * qweight[n * stride + k];
+      const int64_t acc = dot(qx.data() + m * K, qweight.data() + n * stride, K);
       float expected = static_cast<float>(acc) * (scale_x[m] * scale_w[n]);
       if (with_bias) expected = expected + bias[n];
       if (is_wide) {
