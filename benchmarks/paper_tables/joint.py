@@ -19,7 +19,7 @@ FAMILIES: dict[str, tuple[Treatment, ...]] = {
 
 
 def joint(lab: Laboratory) -> list[dict[str, Any]]:
-    """For each family and budget what the same search reaches: chosen on some probes, judged on others."""
+    """For each family and budget what the same search reaches: found on some probes, confirmed and judged on others."""
     rows = []
     for family, treatments in FAMILIES.items():
         for budget in lab.scale.budgets:
@@ -30,11 +30,15 @@ def joint(lab: Laboratory) -> list[dict[str, Any]]:
                     [(path,) for path in lab.paths],
                     [budget],
                     refinements=lab.scale.refinements,
+                    confirming=lab.confirming,
                 )
             except InputError as error:
                 rows.append({"name": family, "budget": budget, "why_not": str(error)})
                 continue
             (row,) = lab.judged({family: plan.configuration})
             (chosen,) = lab.choosing.measure([plan.configuration], ("dppl", "sdt"))
-            rows.append(row | {"budget": budget, "choosing": asdict(Point.of(lab.decoder, chosen))})
+            (confirmed,) = lab.confirming.measure([plan.configuration], ("dppl", "sdt"))
+            points = {"choosing": chosen, "confirming": confirmed}
+            seen = {name: asdict(Point.of(lab.decoder, found)) for name, found in points.items()}
+            rows.append(row | {"budget": budget} | seen)
     return rows

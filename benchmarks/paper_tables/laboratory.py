@@ -1,9 +1,10 @@
 """The model, the probes that choose and those that judge, and journals that survive: what every table is made with."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Scale:
     Attributes:
         probes: that choose.
         judges: other probes, that judge.
+        confirms: further probes, by which the joint search decides between the best that it found.
         stride: every how many-th component is looked at in tables (a), (b) and (e).
         prefix: n.
         completion: N.
@@ -43,6 +45,7 @@ class Scale:
 
     probes: int
     judges: int
+    confirms: int
     stride: int
     prefix: int
     completion: int
@@ -61,6 +64,7 @@ class Scale:
 FULL = Scale(
     probes=16,
     judges=64,
+    confirms=128,
     stride=1,
     prefix=100,
     completion=100,
@@ -80,6 +84,7 @@ most 20%, each with 1,280 times as many training tokens, 1,000 trials. ``--scale
 QUICK = Scale(
     probes=4,
     judges=4,
+    confirms=4,
     stride=7,
     prefix=32,
     completion=32,
@@ -100,7 +105,8 @@ class Laboratory:
     """SmolLM2 with two sets of probes, from the even and from the odd documents of the text.
 
     A search chooses on the first set and is judged on the second, which it has never seen: the best of many on a few
-    probes is partly luck, and luck does not carry over.
+    probes is partly luck, and luck does not carry over. A third set, from the even documents too, confirms what the
+    joint search found.
     """
 
     def __init__(self, scale: Scale, folder: Path, device: str, dtype: torch.dtype) -> None:
@@ -112,18 +118,33 @@ class Laboratory:
         self.documents = dtm.read_documents()
         self._undo = ExitStack()
         self.calibration = Calibration.from_text(self.model, self.tokenizer, self.documents[::2])
-        self.choosing = self._recorded("choosing", self.documents[::2], scale.probes)
-        self.judging = self._recorded("judging", self.documents[1::2], scale.judges)
+        self.choosing = self._recorded("choosing", self._probes(0, scale.probes))
+        self.judging = self._recorded("judging", self._probes(1, scale.judges), memory=0)
         self.decoder = self.choosing.decoder
         self.paths = list(self.decoder.components)[:: scale.stride]
         """The components that tables (a), (b) and (e) choose from."""
 
-    def _recorded(self, name: str, documents: Sequence[str], count: int) -> RecordedEvaluator:
-        scale = self.scale
-        probes = Probes.from_text(
-            self.model, self.tokenizer, documents, scale.prefix, scale.completion, count
+    @cached_property
+    def confirming(self) -> RecordedEvaluator:
+        """Measures on probes of the documents that choose, but on others than those."""
+        probes = self._probes(0, self.scale.confirms, self.choosing.evaluator.probes)
+        return self._recorded("confirming", probes, memory=0)
+
+    def _probes(self, first: int, count: int, other_than: Probes | None = None) -> Probes:
+        """Of every second document from the ``first`` on."""
+        return Probes.from_text(
+            self.model,
+            self.tokenizer,
+            self.documents[first::2],
+            self.scale.prefix,
+            self.scale.completion,
+            count,
+            other_than=other_than,
         )
-        evaluator = dtm.Evaluator(self.model, probes, calibration=self.calibration)
+
+    def _recorded(self, name: str, probes: Probes, memory: int | None = None) -> RecordedEvaluator:
+        """Configurations that treat nearly all layers have no use for states kept within them: ``memory=0``."""
+        evaluator = dtm.Evaluator(self.model, probes, memory=memory, calibration=self.calibration)
         identity = {
             "model": model_identity(self.model),
             "probes": probes.identity,

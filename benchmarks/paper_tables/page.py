@@ -32,13 +32,15 @@ def lines(name: str, measured: dict[str, Any]) -> list[str]:
         table = [*_measurements(found["rows"]), "", *_sparsity(found)]
     else:
         table = _measurements(found)
-    return [*table, "", _about(measured)]
+    return [*table, "", _about(name, measured)]
 
 
-def _about(measured: dict[str, Any]) -> str:
+def _about(name: str, measured: dict[str, Any]) -> str:
     machine, scale = measured["machine"], measured["scale"]
     where = machine["cpu_model"] if machine["device"] == "cpu" else machine["device"]
     chosen = f"{scale['probes']} probes of {scale['prefix']} + {scale['completion']} tokens chose"
+    if name == "joint":
+        chosen += f", {scale['confirms']} confirmed"
     run = (
         f"{measured['seconds'] / 60:.0f} minutes in {measured['dtype']} on {where}, torch {machine['torch']}"
     )
@@ -101,13 +103,15 @@ def _joint(rows: Sequence[dict[str, Any]]) -> list[str]:
         row = by.get((family, budget))
         if row is None or "why_not" in row:
             return "cannot be reached"
+        fdts = [row["confirming"]["fdt"], row["fdt"]["mean"], row["choosing"]["fdt"]]
         return (
-            f"{row['fdt']['mean']:.1f} / {row['sdt']['mean']:.1f} / {row['dppl']['mean']:.3f} "
-            f"({row['choosing']['fdt']:.1f}; {row['bits']:.2f} bits)"
+            f"{' / '.join(f'{each:.1f}' for each in fdts)}; {row['sdt']['mean']:.1f}; {row['dppl']['mean']:.3f}; "
+            f"{row['bits']:.2f} bits"
         )
 
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    head = ["bits at most", *(f"{family}: FDT / SDT / DPPL (FDT where chosen; size)" for family in families)]
+    cells = "FDT confirmed / judged / where it was found; SDT, DPPL judged; size"
+    head = [f"bits at most ({cells})", *families]
     return _table(
         head, ([f"{budget:g}", *(cell(family, budget) for family in families)] for budget in budgets)
     )
