@@ -5,6 +5,7 @@
 # make format   lets them mend what they can
 # make bench    the benchmarks beside their peers: docs/performance.md (BENCH="--quick" for a first look)
 # make bench-evaluator   the fast evaluator beside the loop one would write: a section of docs/performance.md
+# make bench-generation  reading and writing before and after dtm_fast.accelerate: another section of it
 # make gate     is any kernel slower than in another revision? (BASE=main HEAD=.)
 # make build    only the environment and the native build
 
@@ -18,7 +19,7 @@ CPP := $(shell find csrc -type f)
 SANITIZED := build/sanitized
 TSAN := build/tsan
 
-.PHONY: build demo bench bench-limits bench-evaluator gate test test-cpp test-tsan test-python test-evaluator browser check format clean
+.PHONY: build demo bench bench-limits bench-evaluator bench-generation gate test test-cpp test-tsan test-python test-evaluator browser check format clean
 
 build: .venv/installed
 
@@ -52,6 +53,9 @@ bench: build bench-limits
 
 bench-evaluator: build
 	$(BIN)/python -m benchmarks.evaluator $(BENCH)
+
+bench-generation: build
+	$(BIN)/python -m benchmarks.generation $(BENCH)
 
 # Both revisions are built and timed here, about 80 seconds; HEAD=. is the working tree as it is.
 BASE ?= HEAD

@@ -19,6 +19,7 @@ import dtm_fast as dtm
 from benchmarks import machine
 from benchmarks.disturbance import Disturbance, wait_until_quiet
 from benchmarks.interleave import Contender, Timing, measure
+from benchmarks.sections import GENERATION
 from dtm_fast.compression import Change, Configuration, Treatment
 from dtm_fast.compression.accelerated import accelerate
 from dtm_fast.model import Decoder
@@ -110,12 +111,18 @@ def compare(
     return result
 
 
-def page(report: dict[str, Any]) -> str:
-    """The table."""
+def page(report: dict[str, Any], source: str) -> str:
+    """The section of docs/performance.md, from the file ``source``."""
     about = report["machine"]
     lines = [
-        f"{about['cpu_model']}, {about['threads']} threads, {about['date']}, commit {about['git_sha']}, "
-        f"torch {about['torch']}",
+        "## Generation",
+        "",
+        f"Written by `make bench-generation` from `benchmarks/results/{source}`: {about['cpu_model']}, "
+        f"{about['threads']} threads, {about['date']}, commit {about['git_sha']}, torch {about['torch']}.",
+        "",
+        f"SmolLM2-135M before and after `dtm_fast.accelerate`: a prompt of {PROMPT} tokens read at once, then "
+        f"{WRITTEN} tokens written greedily with a cache, batch 1. They take turns in one process; ratios are medians over the "
+        'rounds. "No plan" is the dense model, its linears replaced where ours are faster.',
         "",
         "| | layers | prompt, tokens/s | × before | writing, tokens/s | × before | tokens as torch's layers write | "
         "as the base |",
@@ -174,7 +181,11 @@ def main(given: Sequence[str] | None = None) -> int:
     suffix = "-quick" if options.quick else ""
     file = f"{machine.slug(about)}-{about['date'][:10]}-generation{suffix}.json"
     (options.output / file).write_text(json.dumps(report, indent=1) + "\n")
-    print(page(report))
+    text = page(report, file)
+    print(text)
+    if not options.quick and options.only is None:
+        docs = machine.ROOT / "docs" / "performance.md"
+        docs.write_text(GENERATION.put(docs.read_text(), text))
     return 0
 
 

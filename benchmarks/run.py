@@ -19,13 +19,13 @@ from benchmarks import (
     int8_linear_cases,
     machine,
     masked_linear_cases,
+    sections,
     sparse_linear_cases,
     table,
     token_divergence_cases,
 )
 from benchmarks.case import OURS, SHORT_DTYPE, Case, Result, checked
 from benchmarks.disturbance import Disturbance, wait_until_quiet
-from benchmarks.evaluator import page as evaluator_page
 from benchmarks.goals import Verdict, judge, judge_mean
 from benchmarks.interleave import measure
 from benchmarks.limits import Limits, Probe
@@ -169,7 +169,7 @@ def main(given: Sequence[str] | None = None) -> int:
     print(text)
     if options.write_docs or (whole and not options.quick):
         page = DOCS / "performance.md"
-        known = evaluator_page.section_of(page.read_text()) if page.exists() else ""
+        known = sections.kept(page.read_text()) if page.exists() else ""
         page.write_text(f"{text}\n{known}" if known else text)
         figures.roofline(report, DOCS / "performance-roofline.png")
         figures.bars(report, DOCS / "performance-bars.png")

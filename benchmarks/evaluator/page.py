@@ -9,8 +9,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.evaluator.stages import PARTS, REST
+from benchmarks.sections import EVALUATOR
 
-BEGIN, END = "<!-- the evaluator: make bench-evaluator -->", "<!-- end of the evaluator -->"
 _GOALS = {"float32": {"sweep": 8.0, "race": 15.0, "beam": 10.0}, "bfloat16": {"sweep": 3.5, "race": 7.0}}
 _MEMORY_MIB = 1024.0
 
@@ -19,7 +19,6 @@ def section(report: dict[str, Any], source: str) -> str:
     """The whole section."""
     about = report["machine"]
     lines = [
-        BEGIN,
         "## The evaluator",
         "",
         f"Written by `make bench-evaluator` from `benchmarks/results/{source}`: {about['cpu_model']}, "
@@ -34,7 +33,7 @@ def section(report: dict[str, Any], source: str) -> str:
     ]
     for dtype, result in report["results"].items():
         lines += [f"| {' | '.join(row)} |" for row in _rows(dtype, result)]
-    lines += ["", *_facts(report), "", "![where the time goes](performance-evaluator.png)", END]
+    lines += ["", *_facts(report), "", "![where the time goes](performance-evaluator.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -122,23 +121,8 @@ def _differences(result: dict[str, Any]) -> str:
 def write(docs: Path, text: str, report: dict[str, Any]) -> None:
     """Puts the section into docs/performance.md, in place of an older one."""
     path = docs / "performance.md"
-    path.write_text(with_section(path.read_text(), text))
+    path.write_text(EVALUATOR.put(path.read_text(), text))
     picture(report, docs / "performance-evaluator.png")
-
-
-def with_section(page: str, text: str) -> str:
-    """The page with the section, at its end where there was none."""
-    if BEGIN in page:
-        before, _, rest = page.partition(BEGIN)
-        return before + text.rstrip("\n") + rest.partition(END)[2]
-    return page.rstrip("\n") + "\n\n" + text
-
-
-def section_of(page: str) -> str:
-    """The section that a page has, or nothing."""
-    if BEGIN not in page:
-        return ""
-    return BEGIN + page.partition(BEGIN)[2].partition(END)[0] + END + "\n"
 
 
 def picture(report: dict[str, Any], path: Path) -> None:

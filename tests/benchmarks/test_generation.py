@@ -21,7 +21,8 @@ def test_every_row_is_checked_timed_and_told() -> None:
     report = json.loads(
         json.dumps({"machine": about, "quick": True, "results": {"float32": result}})
     )  # the page is made of what the file holds
-    page = generation.page(report)
+    page = generation.page(report, "file.json")
+    assert "`benchmarks/results/file.json`: A CPU, 2 threads" in page
     assert "| float32, all w8a8 | 21 Int8Linear | " in page
     assert " 5 of 5, the first 5 | 5 of 5 |" in page
     assert "A quick run" in page
