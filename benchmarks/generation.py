@@ -121,8 +121,8 @@ def page(report: dict[str, Any], source: str) -> str:
         f"{about['threads']} threads, {about['date']}, commit {about['git_sha']}, torch {about['torch']}.",
         "",
         f"SmolLM2-135M before and after `dtm_fast.accelerate`: a prompt of {PROMPT} tokens read at once, then "
-        f"{WRITTEN} tokens written greedily with a cache, batch 1. They take turns in one process; ratios are medians over the "
-        'rounds. "No plan" is the dense model, its linears replaced where ours are faster.',
+        f"{WRITTEN} tokens written greedily with a cache, batch 1. They take turns in one process; ratios are medians "
+        'over the rounds. "No plan" is the dense model, its linears replaced where ours are faster.',
         "",
         "| | layers | prompt, tokens/s | × before | writing, tokens/s | × before | tokens as torch's layers write | "
         "as the base |",
