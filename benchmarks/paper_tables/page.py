@@ -38,15 +38,16 @@ def lines(name: str, measured: dict[str, Any]) -> list[str]:
 def _about(name: str, measured: dict[str, Any]) -> str:
     machine, scale = measured["machine"], measured["scale"]
     where = machine["cpu_model"] if machine["device"] == "cpu" else machine["device"]
-    chosen = f"{scale['probes']} probes of {scale['prefix']} + {scale['completion']} tokens chose"
-    if name == "joint":
-        chosen += f", {scale['confirms']} confirmed"
+    probes = f"{scale['probes']} probes of {scale['prefix']} + {scale['completion']} tokens"
+    if name == "discriminability":
+        done = f"{scale['trials']} trials, {probes}"
+    else:
+        confirmed = f", {scale['confirms']} confirmed" if name == "joint" else ""
+        done = f"{probes} chose{confirmed}, {scale['judges']} others judge"
     run = (
         f"{measured['seconds'] / 60:.0f} minutes in {measured['dtype']} on {where}, torch {machine['torch']}"
     )
-    return (
-        f"*{chosen}, {scale['judges']} others judge. {run}, {machine['date']}, commit {machine['git_sha']}.*"
-    )
+    return f"*{done}. {run}, {machine['date']}, commit {machine['git_sha']}.*"
 
 
 def _measurements(rows: Sequence[dict[str, Any]]) -> list[str]:

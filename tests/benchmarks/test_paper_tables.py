@@ -15,7 +15,7 @@ MEASURED = {
     "seconds": 90.0,
     "dtype": "bfloat16",
     "machine": {"cpu_model": "a CPU", "device": "cpu", "torch": "2", "date": "today", "git_sha": "abc"},
-    "scale": {"probes": 4, "judges": 8, "confirms": 6, "prefix": 10, "completion": 20},
+    "scale": {"probes": 4, "judges": 8, "confirms": 6, "trials": 10, "prefix": 10, "completion": 20},
 }
 SUMMARY = {"mean": 30.0, "mean_interval": [20.0, 40.0], "p75": 50.0}
 ROW = {"name": "x", "components": 3, "bits": 9.5, **{name: SUMMARY for name, _ in page._METRICS}}
@@ -58,6 +58,7 @@ def test_every_table_has_lines():
     assert lines["pruning"][2] == "| x | 3 | 9.50 | 50.0 |" + " 30.0 (20.0 – 40.0) |" * 5
     assert "By layer, first to last: 25%." in lines["pruning"]
     assert lines["discriminability"][2] == "| kl | 7 | 2 | 1 | 80.0% |"
+    assert lines["discriminability"][-1].startswith("*10 trials, 4 probes of 10 + 20 tokens. 2 minutes in")
     assert lines["joint"][2] == "| 8 | 29.0 / 30.0 / 31.0; 30.0; 30.000; 9.50 bits | cannot be reached |"
     assert lines["joint"][-1].startswith(
         "*4 probes of 10 + 20 tokens chose, 6 confirmed, 8 others judge. 2 min"
