@@ -140,7 +140,14 @@ def page(report: dict[str, Any], source: str) -> str:
                 f"{row['equal_to_treated']} of {count + 1}, the first {row['equal_to_treated_at_first']} | "
                 f"{row['equal_to_base']} of {count + 1} |"
             )
-    lines += [""]
+    lines += [
+        "",
+        "- An Int8Linear quantizes its inputs as the treatment W8A8 does and sums exactly, where torch's layers "
+        "round the product of dequantized values. Over many layers an input falls on the other side of a step "
+        "here and there: the texts then differ as any two do that are written in int8.",
+        "- Layers are replaced where the prompt and the text after it take less time together; one of the two may "
+        "take more.",
+    ]
     for dtype, result in report["results"].items():
         others = [share for what in ("reading", "writing") for share in result[what]["others"]]
         lines.append(
