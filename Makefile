@@ -87,9 +87,10 @@ PYTEST := $(BIN)/python -m pytest -q
 test-python: build browser bench-limits
 	OMP_WAIT_POLICY=passive $(PYTEST) -n $(MAX_JOBS) --dist worksteal -m "not alone"
 	$(PYTEST) -m alone
-	$(MAKE) --jobs=$(MAX_JOBS) --output-sync $$($(BIN)/python -c "from dtm_fast.ops.native import ISAS, detected_cpu_isa; \
+	legs=$$($(BIN)/python -c "from dtm_fast.ops.native import ISAS, detected_cpu_isa; \
 		lower = ISAS[: ISAS.index(detected_cpu_isa() or 'reference')]; \
-		print(*(f'test-isa-{isa}' for isa in lower if isa != 'avx512_vnni'))")
+		print(*(f'test-isa-{isa}' for isa in lower if isa != 'avx512_vnni'))") && \
+		$(MAKE) --jobs=$(MAX_JOBS) --output-sync $$legs
 
 # One process each, several at a time: shared out among workers, their imports would cost as much as the tests.
 test-isa-%: build

@@ -170,7 +170,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if options.write_docs or (whole and not options.quick):
         page = DOCS / "performance.md"
         known = sections.kept(page.read_text()) if page.exists() else ""
-        page.write_text(f"{text}\n{known}" if known else text)
+        page.write_text(f"{text}\n{known}\n" if known else text)
         figures.roofline(report, DOCS / "performance-roofline.png")
         figures.bars(report, DOCS / "performance-bars.png")
     return 1 if any(OURS in each.wrong for each in results) else 0

@@ -1,46 +1,32 @@
-"""The sections of docs/performance.md that have commands of their own: ``make bench`` keeps them as they are."""
+"""Sections of the pages in docs that programs write, each between two marks; what stands around them is left alone."""
 
+import re
 from typing import NamedTuple
 
 
 class Section(NamedTuple):
-    """What stands between two marks.
-
-    Attributes:
-        name: in both marks.
-        command: that writes it.
-    """
+    """What stands between ``<!-- name -->`` and ``<!-- end of name -->``."""
 
     name: str
-    command: str
-
-    @property
-    def begin(self) -> str:
-        """The mark before it."""
-        return f"<!-- {self.name}: {self.command} -->"
-
-    @property
-    def end(self) -> str:
-        """The mark behind it."""
-        return f"<!-- end of {self.name} -->"
 
     def of(self, page: str) -> str:
         """It with its marks, as it is in a page; nothing where it is not."""
-        if self.begin not in page:
-            return ""
-        return self.begin + page.partition(self.begin)[2].partition(self.end)[0] + self.end + "\n"
+        found = re.search(
+            f"<!-- {re.escape(self.name)} -->.*?<!-- end of {re.escape(self.name)} -->", page, re.S
+        )
+        return found[0] if found else ""
 
     def put(self, page: str, text: str) -> str:
         """The page with ``text`` in it, in place of what was there, or at the end."""
-        whole = f"{self.begin}\n{text.strip()}\n{self.end}\n"
+        whole = f"<!-- {self.name} -->\n{text.strip()}\n<!-- end of {self.name} -->"
         old = self.of(page)
-        return page.replace(old, whole) if old else f"{page.rstrip()}\n\n{whole}"
+        return page.replace(old, whole) if old else f"{page.rstrip()}\n\n{whole}\n"
 
 
-EVALUATOR = Section("the evaluator", "make bench-evaluator")
-GENERATION = Section("generation", "make bench-generation")
+EVALUATOR = Section("the evaluator")
+GENERATION = Section("generation")
 
 
 def kept(page: str) -> str:
-    """All of them that a page has."""
-    return "\n".join(text for each in (EVALUATOR, GENERATION) if (text := each.of(page)))
+    """Those of docs/performance.md that have commands of their own, and that ``make bench`` leaves as they are."""
+    return "\n\n".join(text for each in (EVALUATOR, GENERATION) if (text := each.of(page)))

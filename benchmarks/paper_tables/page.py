@@ -4,13 +4,14 @@ What is read out of them stands between the tables, by hand, and stays.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.sections import Section
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "results.md"
 _METRICS = (("fdt", "FDT"), ("sdt", "SDT"), ("dppl", "DPPL"), ("perplexity", "perplexity"), ("kl", "KL"))
@@ -126,11 +127,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def write(report: dict[str, Any], page: str) -> str:
     """``page`` with every table of the report that it has a place for renewed."""
     for name, measured in report.items():
-        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        inside = "\n".join((marks[0], *lines(name, measured), marks[1]))
-        page = re.sub(
-            f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", lambda _, new=inside: new, page, flags=re.S
-        )
+        if (section := Section(name)).of(page):
+            page = section.put(page, "\n".join(lines(name, measured)))
     return page
 
 

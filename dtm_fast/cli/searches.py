@@ -39,6 +39,7 @@ from dtm_fast.plan import (
     units,
 )
 from dtm_fast.plan.harms import MEASURED, PREDICTED
+from dtm_fast.plan.joint import FINALISTS
 
 Every = Annotated[int, typer.Option(help="Components between two joint measurements.")]
 Budgets = Annotated[
@@ -193,7 +194,7 @@ def joint_command(
     confirm: Annotated[
         int | None,
         typer.Option(
-            help="Other probes, which decide between the best that was found; as many as --probes, 0 for none."
+            help="Other probes, which decide between the best that were found; as many as --probes, 0 for none."
         ),
     ] = None,
     fused: Fused = False,
@@ -204,12 +205,13 @@ def joint_command(
     check_refinements(refinements)
     if confirm is not None and confirm < 0:
         raise InputError(f"confirm: a whole number of at least 0, not {confirm}")
+    others = setting.probes if confirm is None else confirm
 
     def expected(size: int) -> int:
         searches = 1 + len({type(each) for each in treatments})
-        return size * len(treatments) + len(budget) * searches * (3 + refinements * (2 * size + 4))
+        of_a_budget = 3 + refinements * (2 * size + 4) + (FINALISTS if others else 0)
+        return size * len(treatments) + len(budget) * searches * of_a_budget
 
-    others = setting.probes if confirm is None else confirm
     with session(setting, treatments, "joint", expected, confirm=others, quiet=as_json) as running:
         chosen_units = units(running.evaluator.decoder, fused)
         found = joint_search(

@@ -186,11 +186,11 @@ def session(
     if calibrated or any(treatment.needs_inputs for treatment in treatments):
         console.show_note("calibrating: the base's activations …")
         calibration = Calibration.from_text(model, tokenizer, calibration_documents)
-    of_text = hashlib.sha256(json.dumps(calibration_documents).encode()).hexdigest()
-
-    def identity_of(probes: Probes) -> dict[str, str]:
-        # The calibration's is of its text alone, so that a run may begin with treatments that need none of it.
-        return {"model": model_identity(model), "probes": probes.identity, "calibration": of_text}
+    identity = {
+        "model": model_identity(model),
+        # Of the text alone, so that a run may begin with treatments that need none of it.
+        "calibration": hashlib.sha256(json.dumps(calibration_documents).encode()).hexdigest(),
+    }
 
     def evaluator_of(probes: Probes, bound: int | None) -> Evaluator | ReferenceEvaluator:
         if setting.evaluator == "reference":
@@ -202,21 +202,22 @@ def session(
     if isinstance(evaluator, Evaluator):
         console.show_note(f"measuring with {evaluator.engine}")
     with ExitStack() as held:
-        directory = held.enter_context(RunDirectory.resume(setting.run, identity_of(probes)))
+        directory = held.enter_context(
+            RunDirectory.resume(setting.run, identity | {"probes": probes.identity})
+        )
         if len(directory.journal):
             console.show_note(f"{setting.run}: resuming, {len(directory.journal)} measurements are known")
-        confirming = None
-        if confirming_probes is not None:
-            other = RunDirectory.resume(setting.run / "confirming", identity_of(confirming_probes))
-            # What is confirmed treats nearly all layers: states kept within them would be of no use.
-            confirming = RecordedEvaluator(
-                evaluator_of(confirming_probes, 0), held.enter_context(other).journal
-            )
         try:
             directory.write_json("run.json", _described(evaluator, setting))
             total = expected(len(evaluator.decoder.components))
             with console.progress(title, total, quiet=quiet) as on_finished:
                 recorded = RecordedEvaluator(evaluator, directory.journal, on_finished)
+                confirming = None
+                if confirming_probes is not None:
+                    of_others = identity | {"probes": confirming_probes.identity}
+                    other = held.enter_context(RunDirectory.resume(setting.run / "confirming", of_others))
+                    # What is confirmed treats nearly all layers: states kept within them would be of no use.
+                    confirming = recorded.with_evaluator(evaluator_of(confirming_probes, 0), other.journal)
                 yield Session(evaluator, directory, recorded, tokenizer, confirming)
         except KeyboardInterrupt:
             console.show_note(

@@ -71,7 +71,8 @@ def joint_search(
 
     Raises:
         InputError: a budget that cannot be reached, which names the smallest that can; no budget; no treatment; a
-            number of refinements that cannot be meant; ``confirming`` is of another model or has the same probes.
+            number of refinements that cannot be meant; ``confirming`` is of another model or calibration, or has the
+            same probes.
         ComponentError, TreatmentError: a treatment does not fit a component.
     """
     check_refinements(refinements)
@@ -135,6 +136,8 @@ def reached_by(plan: Plan) -> Mapping[float, Point]:
 def _check_confirming(confirming: RecordedEvaluator, recorded: RecordedEvaluator) -> None:
     if confirming.model_identity != recorded.model_identity:
         raise InputError("confirming: it measures another model")
+    if confirming.decoder.calibration != recorded.decoder.calibration:
+        raise InputError("confirming: it measures with another calibration")
     if confirming.evaluator.probes.identity == recorded.evaluator.probes.identity:
         raise InputError("confirming: its probes are those that choose")
 

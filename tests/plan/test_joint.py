@@ -80,10 +80,8 @@ class FirstCause:
             yield self.of(configuration)
 
     def of(self, configuration) -> Measurement:
-        count, places = (
-            len(self.probes),
-            [self._places[path, each.key] for path, each in configuration.items()],
-        )
+        count = len(self.probes)
+        places = [self._places[path, each.key] for path, each in configuration.items()]
         fdt = [min([N, *(int(row[probe]) for row in places)]) for probe in range(count)]
         sdt = [len({int(row[probe]) for row in places if row[probe] < N}) for probe in range(count)]
         return Measurement(
@@ -198,6 +196,20 @@ def test_only_finalists_are_measured_where_it_is_confirmed(tmp_path):
     assert 0 < len(other.measured) <= 3 * FINALISTS < len(evaluator.measured)
 
 
+def test_a_search_broken_off_while_it_is_confirmed_ends_in_the_same_plan(tmp_path):
+    expected = confirmed(tmp_path / "whole", 1)
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    journal = Journal.open(folder / "confirming.sqlite", {"model": "made"})
+    broken = FirstCause(8, 1, fails_at=3, probes="confirming", count=40)
+    with pytest.raises(KeyboardInterrupt):
+        search(FirstCause(8, 1), folder, (12.0, 10.0), confirming=RecordedEvaluator(broken, journal))
+    again, other = FirstCause(8, 1), FirstCause(8, 1, probes="confirming", count=40)
+    assert search(again, folder, (12.0, 10.0), confirming=RecordedEvaluator(other, journal)) == expected
+    assert again.measured == []
+    assert not set(broken.measured) & set(other.measured)
+
+
 def test_what_cannot_confirm_is_refused_before_anything_is_measured(tmp_path):
     evaluator = FirstCause(4)
     with pytest.raises(InputError, match="confirming: its probes are those that choose"):
@@ -207,6 +219,11 @@ def test_what_cannot_confirm_is_refused_before_anything_is_measured(tmp_path):
     )
     with pytest.raises(InputError, match="confirming: it measures another model"):
         search(evaluator, tmp_path, confirming=other)
+    calibrated = FirstCause(4, probes="confirming")
+    calibrated.decoder.calibration = "of another text"
+    (tmp_path / "calibrated").mkdir()
+    with pytest.raises(InputError, match="confirming: it measures with another calibration"):
+        search(evaluator, tmp_path, confirming=recorded(calibrated, tmp_path / "calibrated"))
     assert evaluator.measured == []
 
 
