@@ -138,11 +138,11 @@ def prune_command(
         )
 
     def expected(size: int) -> int:
-        return len(rounds) * (3 * size + 2)
+        return len(rounds) * (3 * size + 3)
 
     with session(setting, [], "pruning rounds", expected, quiet=as_json) as running:
         if documents is None:
-            found = prune_in_rounds(running.recorded, rounds)
+            found = prune_in_rounds(running.recorded, rounds, beside_uniform=True)
         else:
             wanted = batch * (masked_steps + unmasked_steps)
             tokens = blocks_of(running.tokenizer, documents, length, wanted)

@@ -97,7 +97,9 @@ def probe_round(
     return _round(recorded, dropped, step, wanted)
 
 
-def prune_in_rounds(recorded: RecordedEvaluator, steps: Sequence[float] = PAPER_STEPS) -> Plan:
+def prune_in_rounds(
+    recorded: RecordedEvaluator, steps: Sequence[float] = PAPER_STEPS, *, beside_uniform: bool = False
+) -> Plan:
     """Prunes the model round after round, without training between them, to a mean sparsity of ``sum(steps)``.
 
     Each round is a ``probe_round`` from what the last one chose, on the same weights: a weight that was dropped stays
@@ -107,10 +109,11 @@ def prune_in_rounds(recorded: RecordedEvaluator, steps: Sequence[float] = PAPER_
     Args:
         recorded: measures; what is in the journal is not measured again.
         steps: mean sparsity that each round adds.
+        beside_uniform: whether to measure what the same mean sparsities do uniformly, too.
 
     Returns:
         A plan whose curve has the joint configuration after each round, the last of which is chosen; ``how["rounds"]``
-        has each ``Round``.
+        has each ``Round``, and ``how["uniform"]``, if that was asked for, a ``Point`` for each.
 
     Raises:
         InputError: no steps, one that is not above 0, or more than 1 in all.
@@ -120,19 +123,28 @@ def prune_in_rounds(recorded: RecordedEvaluator, steps: Sequence[float] = PAPER_
     check_steps(steps)
     sizes = _sizes(recorded.decoder)
     dropped = dict.fromkeys(sizes, 0)
+    total = sum(sizes.values())
     rounds: list[Round] = []
     curve: list[Point] = []
+    baseline: list[Point] = []
     for number, step in enumerate(steps, 1):
-        target = round(min(1.0, math.fsum(steps[:number])) * sum(sizes.values()))
+        target = round(min(1.0, math.fsum(steps[:number])) * total)
         rounds.append(_round(recorded, dropped, step, target - sum(dropped.values())))
         dropped = _dropped(recorded.decoder, rounds[-1].sparsities)
         (joint,) = recorded.measure([rounds[-1].configuration], METRICS)
         curve.append(Point.of(recorded.decoder, joint))
+        if beside_uniform:
+            same = _configuration(dict.fromkeys(sizes, _sparsity(target, total)))
+            (found,) = recorded.measure([same], METRICS)
+            baseline.append(Point.of(recorded.decoder, found))
     configuration = rounds[-1].configuration
+    how: dict[str, Any] = {"steps": list(steps), "rounds": [each.to_json() for each in rounds]}
+    if beside_uniform:
+        how["uniform"] = [asdict(point) for point in baseline]
     return Plan(
         configuration=dict(configuration),
         search=SEARCH,
-        how={"steps": list(steps), "rounds": [each.to_json() for each in rounds]},
+        how=how,
         model=recorded.model_identity,
         curve=curve,
         chosen=curve[-1] if configuration else None,

@@ -102,6 +102,7 @@ def _rounds(content: Content, search: Rounds, point: Point) -> str:
     return (
         f"Pruned to a mean sparsity of {percent(sparsity)} in {counted(len(search.steps), 'round')}, "
         f"{_does(content, point)}."
+        + (f" Pruned uniformly, {_does(content, search.uniform[-1])}." if search.uniform else "")
     )
 
 

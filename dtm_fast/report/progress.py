@@ -49,6 +49,8 @@ def progress_section(content: Content) -> str:
             "round expected of any component: each was measured beside the others as they were before it, so what "
             "all changes do together is worse."
         )
+        if search.uniform:
+            note += " Uniform: the same mean sparsity, every component alike."
         inside = _rounds_table(content, plan, search)
     elif isinstance(search, Beam):
         title, way = "Depth by depth", _of_beam(content, plan)
@@ -140,6 +142,8 @@ def _fdt(content: Content, plan: Plan, way: _Way) -> go.Figure:
         _add_line(figure, way, "mean FDT", [p.fdt for p in way.points], colour=LINES[1], dash="dot")
         _add_line(figure, way, "FDT<sub>75</sub>", [p.fdt75 for p in way.points])
         add_diamond(figure, way.chosen, chosen.fdt75, f"FDT<sub>75</sub> {number(chosen.fdt75)}")
+    if isinstance(content.search, Rounds):
+        _add_uniform(figure, way, content.search, "fdt", "mean FDT")
     add_diamond(figure, way.chosen, chosen.fdt, f"mean FDT {number(chosen.fdt)}")
     figure.update_layout(**curve_layout(way.over, **way.axis), showlegend=True)
     figure.update_yaxes(range=[0, content.setting.completion * 1.06])
@@ -152,13 +156,16 @@ def _other(content: Content, plan: Plan, way: _Way, metric: str) -> go.Figure:
     _add_dots(figure, content, metric, name)
     values = [getattr(point, metric) for point in way.points]
     _add_line(figure, way, name, values)
+    beside = (
+        _add_uniform(figure, way, content.search, metric, name) if isinstance(content.search, Rounds) else []
+    )
     if plan.chosen is not None and (value := getattr(plan.chosen, metric)) is not None:
         add_diamond(figure, way.chosen, value, f"{name} {number(value)}")
-    figure.update_layout(**curve_layout(way.over, **way.axis), showlegend=False)
+    figure.update_layout(**curve_layout(way.over, **way.axis), showlegend=bool(beside))
     if metric == "sdt":
         figure.update_yaxes(rangemode="tozero")
         return figure
-    known = [value for value in (*values, *(dot.dppl for dot in content.dots)) if value is not None]
+    known = [value for value in (*values, *beside, *(dot.dppl for dot in content.dots)) if value is not None]
     if max(known) > 10 * min(known):
         # A model that is pruned too far has a DPPL of any size.
         figure.update_yaxes(type="log", dtick=1, tickformat="~s")
@@ -204,14 +211,25 @@ def _add_line(
     )
 
 
+def _add_uniform(figure: go.Figure, way: _Way, search: Rounds, metric: str, name: str) -> list[float | None]:
+    """A line of what uniform pruning does, and its values; none where it was not measured."""
+    values = [getattr(point, metric) for point in search.uniform]
+    if values:
+        _add_line(figure, way, f"{name}, uniform", values, colour=LINES[2], dash="dot")
+    return values
+
+
 def _rounds_table(content: Content, plan: Plan, search: Rounds) -> str:
     heads = ["round", "added", "mean sparsity", "level", "bits", *_METRICS]
+    heads += [f"uniform: {name}" for name in _METRICS] if search.uniform else []
     sparsities = search.mean_sparsities(content.setting)
     steps = zip(search.steps, sparsities, search.levels, plan.curve, strict=True)
     rows = [
         [str(place), percent(added), percent(mean), number(level), number(point.bits), *_metrics(point)]
         for place, (added, mean, level, point) in enumerate(steps, 1)
     ]
+    for row, point in zip(rows, search.uniform, strict=False):
+        row += _metrics(point)
     return table(heads, rows)
 
 

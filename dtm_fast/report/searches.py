@@ -31,11 +31,13 @@ class Rounds:
         steps: what each round added to the mean sparsity.
         levels: of each round the least FDT_75 that any component's curve has at what it got.
         sparsities: component → its sparsity, after each round.
+        uniform: what the same mean sparsity does uniformly, after each round; empty where that was not measured.
     """
 
     steps: list[float]
     levels: list[float]
     sparsities: list[dict[str, float]]
+    uniform: list[Point]
 
     def mean_sparsities(self, setting: Setting) -> list[float]:
         """The share of all components' weights that is dropped after each round."""
@@ -109,10 +111,16 @@ def _search(plan: Plan, setting: Setting) -> Search | None:
         rounds = entries(how["rounds"])
         if len(rounds) != len(plan.curve) or not rounds:
             raise InputError(f"{len(rounds)} rounds, but {len(plan.curve)} points")
+        uniform = [Point(**point) for point in entries(how.get("uniform", []))]
+        for point in uniform:
+            _check_point(point)
+        if uniform and len(uniform) != len(rounds):
+            raise InputError(f"{len(rounds)} rounds, but {len(uniform)} uniform points")
         return Rounds(
             steps=[finite(each["step"]) for each in rounds],
             levels=[finite(each["level"]) for each in rounds],
             sparsities=[_sparsities(each["sparsities"], setting) for each in rounds],
+            uniform=uniform,
         )
     if plan.search == beam.SEARCH:
         return Beam(

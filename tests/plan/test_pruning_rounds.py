@@ -18,7 +18,7 @@ import dtm_fast as dtm
 from dtm_fast.compression import Prune
 from dtm_fast.errors import ComponentError, InputError, TreatmentError
 from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
-from dtm_fast.plan import Plan, RecordedEvaluator
+from dtm_fast.plan import Plan, Point, RecordedEvaluator
 from dtm_fast.plan.allocation import Curve
 from dtm_fast.plan.pruning_rounds import (
     PAPER_STEPS,
@@ -201,6 +201,27 @@ def test_the_robust_one_is_pruned_further_than_uniformly_and_that_keeps_more(jou
     # Of 0.7 in all the best is 10 - 20 s = 10 - (0.4 - s) / 0.07, at s = 1 / 6: FDT 6.67, of which 6 is measured.
     assert (fdt_of(same), plan.chosen.fdt75) == (3, 6)
     assert plan.configuration["fragile"].sparsity == pytest.approx(1 / 6, abs=0.01)
+
+
+def test_uniform_pruning_is_measured_beside_each_round_where_asked_for(journal):
+    evaluator = made_up()
+    recorded = RecordedEvaluator(evaluator, journal)
+    alone = prune_in_rounds(recorded, (0.2, 0.15))
+    count = len(evaluator.measured)
+    plan = prune_in_rounds(recorded, (0.2, 0.15), beside_uniform=True)
+    assert len(evaluator.measured) == count + 2
+    points = plan.how.pop("uniform")
+    assert plan == alone
+    for point, share in zip(points, (0.2, 0.35), strict=True):
+        (found,) = recorded.measure([uniform(recorded.decoder, share)], ("dppl",))
+        assert Point(**point) == Point.of(recorded.decoder, found)
+    assert points[1]["fdt75"] == 3 < plan.chosen.fdt75
+    assert len(evaluator.measured) == count + 2
+
+
+def test_uniform_pruning_of_nothing_is_the_base(journal):
+    plan = prune_in_rounds(RecordedEvaluator(made_up(), journal), [1e-5], beside_uniform=True)
+    assert (plan.how["uniform"][0]["components"], plan.how["uniform"][0]["fdt"]) == (0, N)
 
 
 def test_rounding_does_not_add_up_over_rounds(journal):

@@ -8,7 +8,9 @@ from made_run import N, make_run
 from page_text import figure_in, figures_in, table_in
 
 from dtm_fast.compression import Prune
+from dtm_fast.errors import InputError
 from dtm_fast.report.content import read_content
+from dtm_fast.report.headlines import headline
 from dtm_fast.report.page import page
 
 
@@ -43,6 +45,38 @@ def test_rounds_over_mean_sparsity(tmp_path: Path) -> None:
     # After the first round 10, 60 and 150 of 600 weights are gone: a bit for each weight, 16 for each that is kept.
     assert rows[1] == ["1", "36.7%", "36.7%", "38", "11.13", "36.5", "32.75", "2", "3.875"]
     assert "Round by round" in found
+
+
+def test_rounds_beside_uniform_pruning(tmp_path: Path) -> None:
+    with make_run(tmp_path / "run") as directory:
+        stored = write_rounds(directory).to_json()
+        worse = [{**point, "fdt": point["fdt"] - 5, "sdt": point["sdt"] + 3} for point in stored["curve"]]
+        worse[2] |= {"dppl": 5000.0, "fdt75": 11.5}
+        stored["how"]["uniform"] = worse
+        directory.write_json("plan.json", stored)
+        content = read_content(directory)
+        found = page(content)
+    lines = {each["name"]: each for each in figure_in(found, "progress-fdt")["data"]}
+    assert lines["mean FDT, uniform"]["y"] == [value - 5 for value in lines["mean FDT"]["y"]]
+    assert lines["mean FDT, uniform"]["x"] == lines["mean FDT"]["x"]
+    assert figure_in(found, "progress-sdt")["data"][1]["y"] == [5, 5, 5]
+    assert figure_in(found, "progress-dppl")["layout"]["yaxis"]["type"] == "log"
+    rows = table_in(found, "These points as a table")
+    assert rows[0][9:] == ["uniform: FDT<sub>75</sub>", "uniform: mean FDT", "uniform: SDT", "uniform: DPPL"]
+    assert rows[3][9:] == ["11.5", "13", "5", "5,000"]
+    assert "Uniform: the same mean sparsity, every component alike." in found
+    assert headline(content)[0].endswith(
+        " Pruned uniformly, FDT_75 is 11.5 of 40 tokens and the mean FDT 13."
+    )
+
+
+def test_rounds_beside_another_number_of_uniform_points_are_refused(tmp_path: Path) -> None:
+    with make_run(tmp_path / "run") as directory:
+        stored = write_rounds(directory).to_json()
+        stored["how"]["uniform"] = stored["curve"][:2]
+        directory.write_json("plan.json", stored)
+        with pytest.raises(InputError, match="3 rounds, but 2 uniform points"):
+            read_content(directory)
 
 
 def test_a_ruined_model_has_a_scale_by_powers(tmp_path: Path) -> None:
