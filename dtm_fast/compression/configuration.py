@@ -34,9 +34,10 @@ def check_origin(decoder: Decoder, configuration: Configuration, model: str, cal
         calibration: the same of the calibration; it matters if a treatment looks at inputs.
     """
     if model and model != (own := model_identity(decoder.model)):
+        dtype = str(decoder.model.dtype).removeprefix("torch.")
         raise InputError(
-            f"plan: made for another model ({model[:12]}…) than this one ({own[:12]}…); "
-            "its configuration alone can be given for any that has the components"
+            f"plan: made for another model ({model[:12]}…) than this one ({own[:12]}…, in {dtype}; in another dtype it "
+            "is another model); its configuration alone can be given for any that has the components"
         )
     inputs_matter = any(treatment.needs_inputs for treatment in configuration.values())
     if inputs_matter and calibration and calibration != (own := decoder.calibration):

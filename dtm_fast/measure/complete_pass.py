@@ -9,9 +9,9 @@ from torch import Tensor
 from dtm_fast.compression import Configuration
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.columns import columns_of, first_predicted, joined, perplexity_of
-from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.head import Head
 from dtm_fast.measure.model_layers import ModelLayers, State
+from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.measure.prefix_tree import Node, tree_of, walk
 
 Columns = dict[str, Tensor]
@@ -22,16 +22,24 @@ class CompletePass:
     """Measures all positions of configurations.
 
     Args:
-        model_layers: run where there are no fused ones.
-        fused: run where there are any.
+        model_layers: run where there are no others.
+        layers: run where there are any: for all metrics where they share parts, else for SDT.
         head: where logits are a product with the head's weight; None where they are more than that.
+        part_head: decides of what ``layers`` give; by default ``head``.
     """
 
-    def __init__(self, model_layers: ModelLayers, fused: FusedLayers | None, head: Head | None) -> None:
+    def __init__(
+        self,
+        model_layers: ModelLayers,
+        layers: PartLayers | None,
+        head: Head | None,
+        part_head: PartHead | None = None,
+    ) -> None:
         """Measures nothing yet."""
         self._model_layers = model_layers
-        self._fused = fused if head is not None else None
+        self._layers = layers if head is not None else None
         self._head = head
+        self._part_head = part_head or head
         self._depth = len(model_layers.decoder.layers)
         self.layer_evaluations = 0
         """Layers run so far."""
@@ -44,7 +52,11 @@ class CompletePass:
         root = tree_of(self._model_layers.decoder, configurations)
         # Of positions that predict nothing that is asked for, the last layer gives nothing.
         first_output = first_predicted(metrics, self._model_layers.probes.prefix) - 1
-        for leaf, state in self._leaves(root, first_output):
+        # What is asked of likelihoods has the bits of the model's own layers, where there are no exact ones but those.
+        layers = self._layers
+        if layers is not None and not layers.shares_parts and not metrics <= {"sdt"}:
+            layers = None
+        for leaf, state in self._leaves(root, first_output, layers):
             result: Columns | MeasurementError
             try:
                 result = self._columns(state, metrics)
@@ -52,13 +64,15 @@ class CompletePass:
                 result = error
             yield leaf.ends, result
 
-    def _leaves(self, root: Node, first_output: int) -> Iterator[tuple[Node, Tensor | State | None]]:
-        if self._fused is None:
+    def _leaves(
+        self, root: Node, first_output: int, layers: PartLayers | None
+    ) -> Iterator[tuple[Node, Tensor | State | None]]:
+        if layers is None:
             for leaf, state in walk(root, None, self._advance):
                 yield leaf, state
             return
-        for leaf, fused_state in walk(root, None, partial(self._advance_fused, first_output)):
-            yield leaf, fused_state
+        for leaf, own_state in walk(root, None, partial(self._advance_own, layers, first_output)):
+            yield leaf, own_state
 
     def _advance(self, node: Node, state: State | None) -> State:
         self.layer_evaluations += 1
@@ -66,13 +80,11 @@ class CompletePass:
         before = self._model_layers.base(layer) if state is None else state
         return self._model_layers.advance(before, layer, node.treatments)
 
-    def _advance_fused(self, first_output: int, node: Node, state: Tensor | None) -> Tensor:
-        assert self._fused is not None
+    def _advance_own(self, layers: PartLayers, first_output: int, node: Node, state: Tensor | None) -> Tensor:
         self.layer_evaluations += 1
-        fused, layer = self._fused, node.layer - 1
         wanted = first_output if node.layer == self._depth else 0
-        everyone = range(fused.count)
-        return fused.run(layer, node.treatments, state, fused.exact, everyone, first_output=wanted)
+        everyone = range(layers.count)
+        return layers.run(node.layer - 1, node.treatments, state, layers.exact, everyone, first_output=wanted)
 
     def _columns(self, state: Tensor | State | None, metrics: frozenset[str]) -> Columns:
         if state is None:
@@ -80,7 +92,7 @@ class CompletePass:
             # otherwise.
             return self._from_logits(self._model_layers.base(self._depth), metrics)
         if self._head is not None and metrics <= {"sdt", "dppl"}:
-            return self._without_logits(self._head, self._head_input(state), "dppl" in metrics)
+            return self._without_logits(self._head, state, "dppl" in metrics)
         if isinstance(state, Tensor):
             state = self._model_layers.split(state)
         return self._from_logits(state, metrics)
@@ -88,14 +100,18 @@ class CompletePass:
     def _head_input(self, state: Tensor | State) -> Tensor:
         """[P, N, D]."""
         if isinstance(state, Tensor):
-            assert self._fused is not None
-            fused, first = self._fused, self._model_layers.probes.prefix - 1
-            return fused.head_input(state[:, first:], fused.exact, range(fused.count), first, fused.positions)
+            assert self._layers is not None
+            layers, first = self._layers, self._model_layers.probes.prefix - 1
+            return layers.head_input(
+                state[:, first:], layers.exact, range(layers.count), first, layers.positions
+            )
         return self._model_layers.head_input(state)
 
-    @staticmethod
-    def _without_logits(head: Head, hidden: Tensor, with_dppl: bool) -> Columns:
-        decided = head.decide(hidden, range(len(hidden)), 0)
+    def _without_logits(self, head: Head, state: Tensor | State, with_dppl: bool) -> Columns:
+        hidden = self._head_input(state)
+        decides = self._part_head if isinstance(state, Tensor) else head
+        assert decides is not None
+        decided = decides.decide(hidden, range(len(hidden)), 0)
         first = decided.mismatch.int().argmax(dim=1, keepdim=True)
         found = {"mismatch": decided.mismatch, "first_lead": decided.lead.gather(1, first)[:, 0]}
         if with_dppl:

@@ -8,8 +8,7 @@ import torch
 
 from dtm_fast.compression import Configuration
 from dtm_fast.measure.first_divergence import FirstDivergence, error_of
-from dtm_fast.measure.fused_layers import FusedLayers
-from dtm_fast.measure.head import Head
+from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.measure.prefix_tree import key_of
 from dtm_fast.ops.decoder_layer import Arithmetic
 
@@ -33,7 +32,7 @@ class Doubt:
     found: FirstDivergence
 
 
-def settle(layers: FusedLayers, head: Head, doubts: Sequence[Doubt], prefix: int) -> None:
+def settle(layers: PartLayers, head: PartHead, doubts: Sequence[Doubt], prefix: int) -> None:
     """Corrects FDT and lead where finer arithmetic says otherwise, the exact one where nothing else is certain."""
     for arithmetic in layers.finer:
         doubts = _settled_by(arithmetic, layers, head, doubts, prefix)
@@ -42,7 +41,7 @@ def settle(layers: FusedLayers, head: Head, doubts: Sequence[Doubt], prefix: int
 
 @torch.no_grad()
 def _settled_by(
-    arithmetic: Arithmetic, layers: FusedLayers, head: Head, doubts: Sequence[Doubt], prefix: int
+    arithmetic: Arithmetic, layers: PartLayers, head: PartHead, doubts: Sequence[Doubt], prefix: int
 ) -> list[Doubt]:
     """Corrects what this arithmetic is certain of, and returns what is still in doubt.
 

@@ -7,27 +7,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dtm_fast.compression import Configuration, check_configuration
 from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure.complete_pass import Columns, CompletePass
+from dtm_fast.measure.device_layer import DeviceLayer, device_layers_of
+from dtm_fast.measure.device_layers import DeviceLayers
 from dtm_fast.measure.first_pass import FirstPass, Results
 from dtm_fast.measure.floor import Floor, self_divergence
 from dtm_fast.measure.fused_layers import FusedLayers, checked_parts
 from dtm_fast.measure.head import Head, can_prove
 from dtm_fast.measure.measurement import Measurement
 from dtm_fast.measure.model_layers import ModelLayers
+from dtm_fast.measure.part_layers import PartHead
 from dtm_fast.measure.probes import Probes
 from dtm_fast.measure.racing import By, Contest, Dropped, Race, name_of, place, standing
 from dtm_fast.measure.reference import checked_metrics, describe
 from dtm_fast.measure.tensor_store import TensorStore
+from dtm_fast.measure.whole_head import WholeHead
 from dtm_fast.model import Calibration, Decoder
 from dtm_fast.model.gated_decoder import LayerParts
 from dtm_fast.ops.decoder_layer import States
+
+Engine: TypeAlias = Literal["auto", "fused", "torch", "transformers"]
+"""Which layers run: this package's kernels, torch's operations on parts of the text, or the model's own layers."""
 
 
 class Evaluator:
@@ -38,8 +46,9 @@ class Evaluator:
         probes: made by this model.
         memory: bytes that the base's states may take in the memory of the model's device, by default half of what is
             free. Less makes it slower, and what cannot be left out goes to a file (TMPDIR).
-        layers: ``"fused"`` for this package's kernels, ``"transformers"`` for the model's own layers, ``"auto"`` for
-            the kernels where they can run.
+        layers: ``"fused"`` for this package's kernels, ``"torch"`` for torch's operations on parts of the text (FDT
+            and SDT; other metrics come from the model's own layers), ``"transformers"`` for the model's own layers,
+            ``"auto"`` on a CPU for the kernels and on a GPU for torch's operations, where they can run.
         calibration: of this model, for treatments that look at a component's inputs.
 
     Raises:
@@ -53,50 +62,71 @@ class Evaluator:
         probes: Probes,
         *,
         memory: int | None = None,
-        layers: Literal["auto", "fused", "transformers"] = "auto",
+        layers: Engine = "auto",
         calibration: Calibration | None = None,
     ) -> None:
         """Reads the probes once with the base and keeps its states."""
         self.model = model
         self.probes = probes
         self.decoder = Decoder.of(model, calibration)
-        self._given: tuple[int | None, Literal["auto", "fused", "transformers"]] = (memory, layers)
-        parts, why_not = self._fused_parts(layers)
+        self._given: tuple[int | None, Engine] = (memory, layers)
+        parts, in_torch, why_not = self._own_layers(layers)
         memory = _free_memory(model.device) // 2 if memory is None else memory
         store = TensorStore(memory)
         self._model_layers = ModelLayers(self.decoder, probes, store, all_states=parts is None)
-        self._fused: FusedLayers | None = None
+        self._layers: FusedLayers | DeviceLayers | None = None
         self.engine = "transformers' own layers" + (f" ({why_not})" if why_not else "")
         """Which layers run, in a few words, and why not the fused ones."""
         if parts is not None:
-            self._fused = FusedLayers(parts, self._model_layers, store, memory)
-            self.engine = f"fused layers, {self._fused.arithmetic.name.lower()}"
+            self._layers = FusedLayers(parts, self._model_layers, store, memory)
+        elif in_torch is not None:
+            self._layers = DeviceLayers(in_torch, self._model_layers, memory)
+        if self._layers is not None:
+            self.engine = self._layers.engine
         provable = self._model_layers.plain_head and can_prove(model.get_output_embeddings().weight)
-        self._head = self._head_of(self._fused) if provable else None
-        self._complete = CompletePass(self._model_layers, self._fused, self._head)
+        fused = self._layers if isinstance(self._layers, FusedLayers) else None
+        self._head = self._head_of(fused) if provable else None
         self._first: FirstPass | None = None
-        if self._fused is not None and self._head is not None:
-            self._first = FirstPass(self._fused, self._head, probes.prefix)
+        decides: PartHead | None = None
+        if self._layers is not None and self._head is not None:
+            decides = self._part_head(self._layers)
+            self._first = FirstPass(self._layers, decides, probes.prefix)
+        self._complete = CompletePass(self._model_layers, self._layers, self._head, decides)
 
-    def _fused_parts(self, layers: str) -> tuple[list[LayerParts] | None, str]:
-        """What the fused layers are made of, or None and why there are none."""
+    def _own_layers(self, layers: Engine) -> tuple[list[LayerParts] | None, list[DeviceLayer] | None, str]:
+        """What layers of our own are made of, either kind, or why there are none."""
         if layers == "transformers":
-            return None, ""
+            return None, None, ""
+        tokens = self.probes.tokens[:1]
         try:
-            return checked_parts(self.decoder, self.probes.tokens[:1]), ""
+            if layers == "torch" or (layers == "auto" and self.model.device.type == "cuda"):
+                return None, device_layers_of(self.decoder, tokens), ""
+            return checked_parts(self.decoder, tokens), None, ""
         except ModelError as error:
-            if layers == "fused":
+            if layers != "auto":
                 raise
-            return None, str(error)
+            return None, None, str(error)
 
-    def _head_of(self, fused: FusedLayers | None) -> Head:
+    def _head_of(self, fused: FusedLayers | DeviceLayers | None) -> Head:
         module: Any = self.model.get_output_embeddings()
-        if fused is None:
-            hidden = self._model_layers.head_input(self._model_layers.base(len(self.decoder.layers)))
-        else:
-            everyone, first = range(len(self.probes)), self.probes.prefix - 1
-            hidden = fused.head_input(None, fused.exact, everyone, first, fused.positions)
-        return Head(module.weight, hidden, self.probes.tokens[:, self.probes.prefix :])
+        return Head(module.weight, self._head_input(fused), self.probes.tokens[:, self.probes.prefix :])
+
+    def _part_head(self, layers: FusedLayers | DeviceLayers) -> PartHead:
+        """What decides of parts that these layers read; that of the model's own states is made already."""
+        if isinstance(layers, DeviceLayers):
+            module: Any = self.model.get_output_embeddings()
+            completions = self.probes.tokens[:, self.probes.prefix :]
+            return WholeHead(module.weight, self._head_input(layers), completions)
+        if layers is layers.of_the_model and self._head is not None:
+            return self._head
+        return self._head_of(layers)
+
+    def _head_input(self, layers: FusedLayers | DeviceLayers | None) -> Tensor:
+        """What the head multiplies of the layers' base, [P, N, D]."""
+        if layers is None:
+            return self._model_layers.head_input(self._model_layers.base(len(self.decoder.layers)))
+        everyone, first = range(len(self.probes)), self.probes.prefix - 1
+        return layers.head_input(None, layers.exact, everyone, first, layers.positions)
 
     def afresh(self) -> "Evaluator":
         """The same evaluator of the model as it is now, after its weights were changed; without a calibration.
@@ -128,41 +158,41 @@ class Evaluator:
                 which saves the system clearing as much, and it starts from the model's states again.
 
         Raises:
-            ValueError: there are no fused layers (``engine`` says why), or they do not know a treatment, or instead_of
-                is of other probes or another model.
+            ValueError: there are no layers of our own (``engine`` says why), or they do not know a treatment, or
+                instead_of is of other probes or another model.
             ComponentError, TreatmentError: the configuration does not fit the model.
         """
-        if self._fused is None or self._first is None:
+        if self._layers is None or self._first is None:
             raise ValueError(f"only fused layers can start from other states; here run {self.engine}")
         check_configuration(self.decoder, configuration)
         for path, treatment in configuration.items():
-            if not self._fused.can_run_in_parts({path: treatment}):
+            if not self._layers.can_run_in_parts({path: treatment}):
                 raise ValueError(f"the fused layers do not know {treatment.key} of {path}")
         other = copy.copy(self)
-        of_the_model = self._fused.of_the_model
+        of_the_model = self._layers.of_the_model
         rooms = [] if instead_of is None else instead_of._states_given_up(of_the_model)
         if memory is None:
             memory = self._given[0]
         if memory is None:
             memory = (_free_memory(self.model.device) + sum(each.nbytes for each in rooms)) // 2
-        other._fused = of_the_model.rebased(configuration, memory, rooms)
-        other._first = FirstPass(other._fused, self._head_of(other._fused), self.probes.prefix)
+        other._layers = of_the_model.rebased(configuration, memory, rooms)
+        other._first = FirstPass(other._layers, self._part_head(other._layers), self.probes.prefix)
         return other
 
-    def _states_given_up(self, of_the_model: FusedLayers) -> list[States]:
+    def _states_given_up(self, of_the_model: FusedLayers | DeviceLayers) -> list[States]:
         """Starts from the model's states again, which are these, and returns its own to be written over."""
-        if self._fused is None or self._head is None or self._fused.of_the_model is not of_the_model:
+        if self._layers is None or self._layers.of_the_model is not of_the_model:
             raise ValueError("instead_of was not made from this evaluator")
-        if self._fused is of_the_model:
+        if self._layers is of_the_model:
             return []
-        states = self._fused.states_given_up()
-        self._fused = of_the_model
-        self._first = FirstPass(of_the_model, self._head, self.probes.prefix)
+        states = self._layers.states_given_up()
+        self._layers = of_the_model
+        self._first = FirstPass(of_the_model, self._part_head(of_the_model), self.probes.prefix)
         return states
 
     @property
     def can_race(self) -> bool:
-        """Whether ``best`` can be asked, which needs the fused layers (``engine`` says why there are none)."""
+        """Whether ``best`` can be asked, which needs layers of our own (``engine`` says why there are none)."""
         return self._first is not None
 
     @property
@@ -174,10 +204,13 @@ class Evaluator:
     def floor(self) -> Floor:
         """How far the base diverges from itself under another batch shape, or under this evaluator's own layers."""
         floor = self_divergence(self.model, self.probes)
-        if self._fused is None or self._head is None:
+        if self._layers is None or self._head is None:
             return floor
-        by_model = self._model_layers.head_input(self._model_layers.base(len(self.decoder.layers)))
-        return replace(floor, margin=max(floor.margin, self._head.largest_move(by_model)))
+        if isinstance(self._layers, DeviceLayers):  # whose base is the model's own states
+            moved = self._layers.of_the_model.base_by_itself(self.probes.prefix)
+        else:
+            moved = self._head_input(None)
+        return replace(floor, margin=max(floor.margin, self._head.largest_move(moved)))
 
     def measure(
         self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("sdt",)

@@ -1,4 +1,4 @@
-"""FDT of one configuration on the fused layers: completions in parts, and probes leave once they diverge."""
+"""FDT of one configuration: completions in parts, and probes leave once they diverge."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dtm_fast.compression import Configuration
-from dtm_fast.measure.fused_layers import FusedLayers
-from dtm_fast.measure.head import Decisions, Head
+from dtm_fast.measure.head import Decisions
+from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.ops.decoder_layer import Arithmetic
 
 # By how much CHANGE may misjudge the distance of a hidden state to the border of a decision, in units of how far that
@@ -24,12 +24,6 @@ _ERROR = 8e-4
 _ERROR_OF_A_LAYER = 1.6e-4
 _MEASURED_HIDDEN = 576
 _FINENESS = 2**-7
-
-# In which parts a completion is read, as shares of it. Each part makes the weights come anew, which takes as long as
-# some hundred positions; on SmolLM2, of 1 to 4 parts two were best for changes small and large. A referee may stop
-# after each.
-_PARTS = (1 / 3, 1)
-_PARTS_WITH_REFEREE = (1 / 4, 2 / 4, 3 / 4, 1)
 
 Steps = Sequence[tuple[int, Configuration]]
 """Layers to run, in order, and what is done to the components of each."""
@@ -95,8 +89,8 @@ class Referee(Protocol):
 
 @torch.no_grad()
 def first_divergence(
-    layers: FusedLayers,
-    head: Head,
+    layers: PartLayers,
+    head: PartHead,
     state: Tensor | None,
     steps: Steps,
     arithmetic: Arithmetic,
@@ -143,6 +137,8 @@ def first_divergence(
             if x is not None:
                 x = x[:, at - first :]
                 for row, probe in enumerate(read):  # what was not run decides nothing, but must be finite
+                    if stops[probe] == stop:
+                        continue
                     unread = slice(stops[probe] - begin, None)
                     x[row, unread] = (
                         0 if arithmetic.is_change else layers.base(layers.depth, [probe], at, end)[0, unread]
@@ -157,14 +153,13 @@ def first_divergence(
     return found
 
 
-def _parts(layers: FusedLayers, head: Head, completion: int, has_referee: bool) -> list[list[int]]:
+def _parts(layers: PartLayers, head: PartHead, completion: int, has_referee: bool) -> list[list[int]]:
     """In which parts the completions are read: for each part, the position behind its last one, of every probe."""
-    if layers.treatments and not has_referee:
+    if layers.treatments and layers.shares_parts and not has_referee:
         # A base that diverges: what differs a little from it mostly diverges there, too.
         own = [min(at + 1, completion) for at in head.base_divergence]
         return [own, [completion] * layers.count]
-    shares = _PARTS_WITH_REFEREE if has_referee else _PARTS
-    return [[int(completion * share)] * layers.count for share in shares]
+    return [[int(completion * share)] * layers.count for share in layers.shares(has_referee)]
 
 
 def _take_in(

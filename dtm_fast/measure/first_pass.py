@@ -11,10 +11,9 @@ from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.complete_pass import Columns
 from dtm_fast.measure.doubts import Doubt, settle
 from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_divergence
-from dtm_fast.measure.fused_layers import FusedLayers
-from dtm_fast.measure.head import Head
+from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.measure.prefix_tree import Node, first_difference, layers_of, tree_of, walk
-from dtm_fast.measure.racing import Contest, Dropped, Name
+from dtm_fast.measure.racing import Contest, Dropped, Name, name_of
 from dtm_fast.ops.decoder_layer import Arithmetic
 
 Results = Iterator[tuple[list[int], Columns | Dropped | MeasurementError]]
@@ -33,20 +32,20 @@ class _Waiting:
 
 
 class FirstPass:
-    """Measures FDT of configurations on the fused layers.
+    """Measures FDT of configurations on layers that run in parts.
 
     Args:
-        fused: run.
+        layers: run.
         head: decides.
         prefix: n of the probes.
     """
 
-    def __init__(self, fused: FusedLayers, head: Head, prefix: int) -> None:
+    def __init__(self, layers: PartLayers, head: PartHead, prefix: int) -> None:
         """Measures nothing yet."""
-        self._fused = fused
+        self._layers = layers
         self._head = head
         self._prefix = prefix
-        self._completion = fused.positions + 1 - prefix
+        self._completion = layers.positions + 1 - prefix
         self.layer_evaluations = 0
         """Layers run so far."""
         self.doubts = 0
@@ -60,49 +59,52 @@ class FirstPass:
             configurations: none of them empty.
             contest: says whom to drop; it is told of everyone who was measured.
         """
-        for arithmetic in (self._fused.arithmetic, self._fused.exact):
+        for arithmetic in (self._layers.arithmetic, self._layers.exact):
             chosen = [i for i, c in enumerate(configurations) if self._arithmetic_of(c) == arithmetic]
             if not chosen:
                 continue
             for indices, result in self._walked([configurations[i] for i in chosen], arithmetic, contest):
                 yield [chosen[index] for index in indices], result
-            if self._fused.arithmetic == self._fused.exact:
+            if self._layers.arithmetic == self._layers.exact:
                 return
 
     def _arithmetic_of(self, configuration: Configuration) -> Arithmetic:
         """What the kernels do not know is not computed by differences either."""
-        known = self._fused.can_run_in_parts(configuration)
-        return self._fused.arithmetic if known else self._fused.exact
+        known = self._layers.can_run_in_parts(configuration)
+        return self._layers.arithmetic if known else self._layers.exact
 
     def _walked(
         self, configurations: Sequence[Configuration], arithmetic: Arithmetic, contest: Contest | None
     ) -> Results:
         def advance(node: Node, state: Tensor | None) -> Tensor:
             self.layer_evaluations += 1
-            everyone = range(self._fused.count)
-            return self._fused.run(node.layer - 1, node.treatments, state, arithmetic, everyone)
+            everyone = range(self._layers.count)
+            return self._layers.run(node.layer - 1, node.treatments, state, arithmetic, everyone)
 
         waiting: list[_Waiting] = []
-        root = tree_of(self._fused.decoder, configurations, self._fused.treatments)
-        handed = walk(root, None, advance, stop_at_chains=True)
+        handed = (
+            each
+            for root in self._trees(configurations)
+            for each in walk(root, None, advance, stop_at_chains=True)
+        )
         for node, state in handed if contest is None else _in_turn(handed, configurations, contest):
             chain = node.chain()
             indices = chain[-1].ends
             steps = [(each.layer - 1, each.treatments) for each in chain if not each.is_base]
             configuration = configurations[indices[0]]
             if contest is not None:
-                unread = FirstDivergence.unknown(self._fused.count, self._completion)
+                unread = FirstDivergence.unknown(self._layers.count, self._completion)
                 if (lost := contest.why_lost(configuration, unread)) is not None:
                     yield indices, lost
                     continue
-            by_layer = layers_of(self._fused.decoder, configuration)
-            start = first_difference(by_layer, self._fused.treatments, self._fused.depth)
-            error = error_of(arithmetic, self._fused.depth - start, self._fused.shape.hidden)
+            by_layer = layers_of(self._layers.decoder, configuration)
+            start = first_difference(by_layer, self._layers.treatments, self._layers.depth)
+            error = error_of(arithmetic, self._layers.depth - start, self._layers.shape.hidden)
             self.layer_evaluations += len(steps)
             referee = None if contest is None else contest.referee(configuration)
             try:
                 found = first_divergence(
-                    self._fused,
+                    self._layers,
                     self._head,
                     state,
                     steps,
@@ -128,10 +130,27 @@ class FirstPass:
                 waiting = [] if doubts else waiting
         yield from self._settled(waiting, contest)
 
+    def _trees(self, configurations: Sequence[Configuration]) -> list[Node]:
+        """One of all, or where they may share nothing one of each, those of the same layers one after the other."""
+        decoder, treatments = self._layers.decoder, self._layers.treatments
+        if self._layers.shares_parts:
+            return [tree_of(decoder, configurations, treatments)]
+        equals: dict[Name, list[int]] = {}
+        for index, configuration in enumerate(configurations):
+            equals.setdefault(name_of(configuration), []).append(index)
+        trees: list[tuple[int, Node]] = []
+        for indices in equals.values():
+            configuration = configurations[indices[0]]
+            root = tree_of(decoder, [configuration], treatments)
+            root.chain()[-1].ends = indices
+            start = first_difference(layers_of(decoder, configuration), treatments, self._layers.depth)
+            trees.append((start, root))
+        return [root for _, root in sorted(trees, key=lambda each: each[0])]
+
     def _settled(self, waiting: list[_Waiting], contest: Contest | None) -> Results:
         doubts = [doubt for each in waiting for doubt in each.doubts]
         self.doubts += len(doubts)
-        settle(self._fused, self._head, doubts, self._prefix)
+        settle(self._layers, self._head, doubts, self._prefix)
         for each in waiting:
             if contest is not None:
                 contest.take(each.configuration, each.found.fdt)

@@ -32,6 +32,12 @@ from dtm_fast.ops.decoder_layer import (
 # How far a layer may be from transformers' own, in units of what the layer adds to its input.
 _DEVIATION = {Arithmetic.FLOAT32: 2e-5, Arithmetic.BFLOAT16: 0.05}
 
+# In which parts a completion is read, as shares of it. Each part makes the weights come anew, which takes as long as
+# some hundred positions; on SmolLM2, of 1 to 4 parts two were best for changes small and large. A referee may stop
+# after each.
+_PARTS = (1 / 3, 1)
+_PARTS_WITH_REFEREE = (1 / 4, 2 / 4, 3 / 4, 1)
+
 # Layers in float32 beside those for differences are a second copy of the model: bytes up to which it is kept.
 _SECOND_COPY = 512 * 2**20
 
@@ -49,6 +55,8 @@ class FusedLayers:
         memory: bytes that the base's states within the layers may take: those of the last layers are kept first,
             and a layer without them is slower. None for no bound.
     """
+
+    shares_parts = True
 
     def __init__(
         self,
@@ -119,6 +127,15 @@ class FusedLayers:
     def finer(self) -> tuple[Arithmetic, ...]:
         """What settles doubts that the fastest one leaves, one after the other; the last is exact."""
         return (*self._changes[1:], self.exact)
+
+    @property
+    def engine(self) -> str:
+        """What runs, in a few words."""
+        return f"fused layers, {self.arithmetic.name.lower()}"
+
+    def shares(self, has_referee: bool) -> Sequence[float]:
+        """In which parts to read a completion: the end of each, as a share of it."""
+        return _PARTS_WITH_REFEREE if has_referee else _PARTS
 
     def base(self, layer: int, rows: Sequence[int], first: int = 0, end: int | None = None) -> Tensor:
         """The base's residual stream before ``layer``, [R, T, hidden]."""

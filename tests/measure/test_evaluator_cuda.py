@@ -10,6 +10,7 @@ from measurements import assert_same, some
 import dtm_fast as dtm
 from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure import EXTRA_METRICS, Measurement
+from dtm_fast.measure.racing import fdt75, name_of
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.model import model_identity
 
@@ -84,16 +85,47 @@ def test_a_treatment_of_the_input(cuda, make_probes):
     assert_same_but_for_ties(evaluator.measure(configurations), expected, evaluator.floor.margin)
 
 
-def test_it_says_why_layers_are_not_fused(cuda, make_probes):
+def test_it_says_which_layers_run(cuda, make_probes):
     model = model_on(cuda)
     probes = make_probes(model, 2)
-    why = "the model is on cuda:0, and the fused kernels are for the CPU"
-    evaluator = dtm.Evaluator(model, probes)
-    assert evaluator.engine == f"transformers' own layers ({why})"
-    with pytest.raises(ModelError, match=why):
+    assert dtm.Evaluator(model, probes).engine == "layers in parts by torch and Triton, float32"
+    assert dtm.Evaluator(model, probes, layers="transformers").engine == "transformers' own layers"
+    with pytest.raises(ModelError, match="the model is on cuda:0, and the fused kernels are for the CPU"):
         dtm.Evaluator(model, probes, layers="fused")
+    other = model_on(cuda, "gpt2")
+    why = "GPT2Block is no layer that the fused kernel knows"
+    evaluator = dtm.Evaluator(other, make_probes(other, 2))
+    assert evaluator.engine == f"transformers' own layers ({why})"
     with pytest.raises(ValueError, match=f"a race needs the fused layers; .*{why}"):
         evaluator.best([{UP: dtm.Int8()}], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_completions_in_parts_give_what_the_reference_gives(
+    cuda, name, make_probes, draw_configuration, dtype
+):
+    model = model_on(cuda, name, dtype)
+    probes = make_probes(model, 6, batch_size=4)
+    configurations = some(dtm.components(model), draw_configuration, 15)
+    evaluator = dtm.Evaluator(model, probes)
+    evaluator._layers._shares = (0.04, 0.1, 0.25, 0.5, 1.0)
+    expected = dtm.ReferenceEvaluator(model, probes).measure(configurations)
+    # Another cut of the rows moves a decision by some steps of bfloat16, which near 16 are 2^-4 each.
+    floor = max(evaluator.floor.margin, 0.25 if dtype == torch.bfloat16 else 1e-4)
+    assert_same_but_for_ties(evaluator.measure(configurations, ()), expected, floor)
+    rebased = evaluator.rebased(configurations[0])
+    assert_same_but_for_ties(rebased.measure(configurations, ()), expected, floor)
+
+
+def test_the_best_are_those_of_the_exhaustive_sweep(cuda, make_probes):
+    model = model_on(cuda)
+    evaluator = dtm.Evaluator(model, make_probes(model, 9))
+    candidates = [{path: dtm.Prune(0.5)} for path in evaluator.decoder.components]
+    race = evaluator.best(candidates, 4)
+    every = evaluator.measure(candidates, ())
+    ranked = sorted(every, key=lambda each: (-fdt75(each.fdt), name_of(each.configuration)))
+    assert [each.configuration for each in race.best] == [each.configuration for each in ranked[:4]]
 
 
 def test_a_measurement_has_the_same_bits_whatever_else_is_measured(cuda, make_probes, draw_configuration):

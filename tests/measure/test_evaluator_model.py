@@ -96,7 +96,7 @@ def test_in_256_mib_the_answers_are_the_same(smollm2):
     tight, free = (dtm.Evaluator(model, probes, memory=memory) for memory in (256 * 2**20, None))
     if tight.engine.startswith("transformers"):
         pytest.skip(f"only fused layers keep states within the layers; here run {tight.engine}")
-    assert 0 < len(tight._fused._inner) < tight._fused.depth  # what is kept within the layers
+    assert 0 < len(tight._layers._inner) < tight._layers.depth  # what is kept within the layers
     configurations = drawn(dtm.components(model), 2, 100, 3) + drawn(dtm.components(model), 4, 2, 4)
     for ours, other in zip(tight.measure(configurations, ()), free.measure(configurations, ()), strict=True):
         assert ours.fdt.tolist() == other.fdt.tolist()

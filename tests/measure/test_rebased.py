@@ -54,10 +54,10 @@ def test_the_memory_of_states_that_are_needed_no_more_is_used_again(llama, make_
     first, second = (dict.fromkeys(paths[start::2], dtm.Int8()) for start in (0, 1))
     expected = [each.fdt.tolist() for each in evaluator.measure([first, second], ())]
     one = evaluator.rebased(first, instead_of=evaluator)
-    inner = one._fused._inner
+    inner = one._layers._inner
     where = {state.data_ptr() for each in inner.values() for state in each.tensors() if state is not None}
     other = one.rebased(second, instead_of=one)
-    inner = other._fused._inner
+    inner = other._layers._inner
     assert where == {
         state.data_ptr() for each in inner.values() for state in each.tensors() if state is not None
     }

@@ -1,0 +1,260 @@
+"""The layers of a decoder of Llama's kind on parts of the probes and of the text: the fast path on a GPU."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtm_fast.compression import Configuration, compressed_weight
+from dtm_fast.measure.device_layer import DeviceLayer, KeysAndValues, moved
+from dtm_fast.measure.device_rows import has_triton
+from dtm_fast.measure.model_layers import ModelLayers
+from dtm_fast.measure.prefix_tree import first_difference, layers_of
+from dtm_fast.measure.tensor_store import TensorStore
+from dtm_fast.model import Decoder
+from dtm_fast.ops.decoder_layer import Arithmetic
+
+# A part reads every weight anew and launches every kernel anew; it is worth that where products take longer. What is
+# read doubles or so from part to part, for who has not diverged early mostly does not soon.
+_SHARES = (0.04, 0.1, 0.25, 0.5, 1.0)
+_FEW_SHARES = (0.1, 1.0)
+_ONE_SHARE = (1.0,)
+_SECONDS_OF_A_LAYER = 150e-6  # to launch its kernels
+_RATES = {torch.bfloat16: 4e14, torch.float32: 4e13}  # operations a second
+_WORTH_FEW, _WORTH_MANY = 4, 16
+
+_KEPT = 2**28  # bytes of compressed weights, or a quarter of what states may take
+
+
+class DeviceLayers:
+    """Runs layers on some of the probes and some of their positions, in the model's dtype.
+
+    As ``FusedLayers``, but a state is in the model's dtype and holds no differences, and a product rounds by its
+    shape. So configurations share no states but the base's, that what is measured beside a configuration changes none
+    of its bits.
+
+    Args:
+        layers: from ``device_layers_of``.
+        model_layers: the same layers by transformers, with the base's states.
+        memory: bytes that the base's states may take; of compressed weights a quarter of that is kept.
+        shares: in which parts to read a completion; by default as many as are worth it.
+    """
+
+    shares_parts = False
+
+    def __init__(
+        self,
+        layers: list[DeviceLayer],
+        model_layers: ModelLayers,
+        memory: int = 0,
+        shares: Sequence[float] | None = None,
+    ) -> None:
+        """Computes nothing yet."""
+        probes, model = model_layers.probes, model_layers.decoder.model
+        self.decoder: Decoder = model_layers.decoder
+        self.depth = len(layers)
+        self.count = len(probes)
+        self.positions = probes.tokens.shape[1] - 1  # nothing follows the last token
+        self.shape = layers[0].parts.shape
+        self.exact = Arithmetic.BFLOAT16 if model.dtype == torch.bfloat16 else Arithmetic.FLOAT32
+        self.treatments: Mapping[int, Configuration] = {}
+        self._layers = layers
+        self._model_layers = model_layers
+        self._shares = tuple(shares) if shares else self._worthwhile()
+        self._weights = _Weights(self.decoder, max(_KEPT, memory // 4))
+        self._paths = {path for layer in layers for path in layer.paths}
+        self._earlier: dict[int, tuple[list[int], KeysAndValues]] = {}
+        self._whole: tuple[int, Tensor] | None = None
+        self._origin: DeviceLayers | None = None
+        self._own = TensorStore()
+        self._norm: Any = model.base_model.norm
+
+    @property
+    def engine(self) -> str:
+        """What runs, in a few words."""
+        kernels = " and Triton" if has_triton(self.decoder.model.device) else ""
+        return f"layers in parts by torch{kernels}, {self.exact.name.lower()}"
+
+    def rebased(
+        self, configuration: Configuration, memory: int | None = None, rooms: Sequence[Any] = ()
+    ) -> "DeviceLayers":
+        """The same layers on the states of a configuration that ``can_run_in_parts``; ``rooms`` are not used."""
+        assert self._origin is None
+        assert self.can_run_in_parts(configuration)
+        other = copy.copy(self)
+        other._origin = self
+        other.treatments = layers_of(self.decoder, configuration)
+        other._own, other._whole = TensorStore(memory), None
+        other._record()
+        return other
+
+    def states_given_up(self) -> list[Any]:
+        """Lets go of its states; it cannot run any more."""
+        self._own, self._whole = TensorStore(), None
+        return []
+
+    @property
+    def of_the_model(self) -> "DeviceLayers":
+        """Those on the model's own states."""
+        return self._origin or self
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The only one."""
+        return self.exact
+
+    @property
+    def finer(self) -> tuple[Arithmetic, ...]:
+        """The only one, which leaves no doubts."""
+        return (self.exact,)
+
+    def shares(self, has_referee: bool) -> Sequence[float]:
+        """In which parts to read a completion."""
+        return self._shares
+
+    def base(self, layer: int, rows: Sequence[int], first: int = 0, end: int | None = None) -> Tensor:
+        """The base's residual stream before ``layer``, [R, T, hidden]."""
+        state = self._entering(layer)[:, first:end]
+        if list(rows) == list(range(self.count)):
+            return state.contiguous()
+        return state[torch.tensor(list(rows), device=state.device)]
+
+    def can_run_in_parts(self, treatments: Configuration) -> bool:
+        """Whether a layer with these treatments can be run on some of the positions."""
+        return all(
+            path in self._paths and not treatment.treats_input for path, treatment in treatments.items()
+        )
+
+    def run(
+        self,
+        layer: int,
+        treatments: Configuration,
+        x: Tensor | None,
+        arithmetic: Arithmetic,
+        rows: Sequence[int],
+        first: int = 0,
+        end: int | None = None,
+        first_output: int = 0,
+        lengths: Sequence[int] | None = None,
+        kv: Tensor | None = None,
+    ) -> Tensor:
+        """The state after a layer; positions before first_output hold nothing of use.
+
+        Args:
+            layer: its number.
+            treatments: of its components.
+            x: the state before it, for positions first .. end - 1.
+            arithmetic: the only one.
+            rows: which probes these are.
+            first: the first position. Those before it are what this layer was run on last, with the same treatments
+                here and below, for at least these rows.
+            end: behind the last position.
+            first_output: of positions before this one only keys and values are wanted.
+            lengths: not looked at: all rows are run to the end.
+            kv: must be None.
+        """
+        assert arithmetic == self.exact
+        assert kv is None
+        rows, end = list(rows), self.positions if end is None else end
+        if x is None:
+            x = self.base(layer, rows, first, end)
+        if not self.can_run_in_parts(treatments):
+            assert rows == list(range(self.count))
+            assert x.shape[1] == self.positions
+            return self._model_layers.advance_whole(x, layer, treatments)
+        weights = {path: self._weights.of(path, treatments) for path in treatments}
+        earlier = self._earlier_of(layer, rows) if first > 0 else None
+        self._earlier.pop(layer, None)
+        out, known = self._layers[layer].run(x, weights, earlier, max(0, first_output - first))
+        if end < self.positions:  # or nothing follows
+            self._earlier[layer] = rows, known
+        return out
+
+    def head_input(
+        self, state: Tensor | None, arithmetic: Arithmetic, rows: Sequence[int], first: int, end: int
+    ) -> Tensor:
+        """What the head multiplies: the final norm of a state of positions first .. end - 1."""
+        state = self.base(self.depth, rows, first, end) if state is None else state
+        return self._norm(state)  # type: ignore[no-any-return]
+
+    def new_kv(self, rows: int) -> Tensor:
+        """Never asked for: nothing is in doubt."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def base_by_itself(self, prefix: int) -> Tensor:
+        """The base's ``head_input`` [P, N, hidden] as these layers compute it, in the parts in which they read."""
+        everyone, found, first = range(self.count), [], 0
+        for share in self._shares:
+            end = prefix - 1 + int((self.positions + 1 - prefix) * share)
+            if end <= first:
+                continue
+            x = self.base(0, everyone, first, end)
+            for layer in range(self.depth):
+                x = self.run(layer, {}, x, self.exact, everyone, first, end)
+            wanted = max(first, prefix - 1)
+            found.append(self.head_input(x[:, wanted - first :], self.exact, everyone, wanted, end))
+            first = end
+        return torch.cat(found, dim=1)
+
+    def _earlier_of(self, layer: int, rows: list[int]) -> KeysAndValues:
+        known, earlier = self._earlier[layer]
+        if known == rows:
+            return earlier
+        place = {row: index for index, row in enumerate(known)}
+        return moved(earlier, [place[row] for row in rows])
+
+    def _entering(self, layer: int) -> Tensor:
+        """The base's state of all probes, [P, positions, hidden]; the last one asked for is at hand."""
+        if self._whole is None or self._whole[0] != layer:
+            self._whole = None  # before there is another
+            known = layer in self._own
+            self._whole = layer, self._own[layer] if known else self._model_layers.entering(layer)
+        return self._whole[1][:, : self.positions]
+
+    @torch.no_grad()
+    def _record(self) -> None:
+        start = first_difference(self.treatments, {}, self.depth)
+        x: Tensor | None = None
+        for layer in range(start, self.depth):
+            x = self.run(layer, self.treatments.get(layer, {}), x, self.exact, range(self.count))
+            self._own.put(layer + 1, x)
+
+    def _worthwhile(self) -> tuple[float, ...]:
+        weights = sum(module.weight.numel() for _, module in self._layers[0].parts.projections)
+        seconds = 2 * weights * self.count * self.positions / _RATES[self.decoder.model.dtype]
+        if seconds < _WORTH_FEW * _SECONDS_OF_A_LAYER:
+            return _ONE_SHARE
+        return _FEW_SHARES if seconds < _WORTH_MANY * _SECONDS_OF_A_LAYER else _SHARES
+
+
+class _Weights:
+    """Compressed weights; the ones used last are kept.
+
+    Args:
+        decoder: whose.
+        bound: bytes of them to keep at most.
+    """
+
+    def __init__(self, decoder: Decoder, bound: int) -> None:
+        self._decoder = decoder
+        self._bound = bound
+        self._size = 0
+        self._known: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def of(self, path: str, treatments: Configuration) -> Tensor:
+        """What the treatment of a component makes of its weight."""
+        key = (path, treatments[path].key)
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        weight = compressed_weight(self._decoder.component(path), treatments[path])
+        self._known[key] = weight
+        self._size += weight.nbytes
+        while self._size > self._bound and len(self._known) > 1:
+            self._size -= self._known.popitem(last=False)[1].nbytes
+        return weight
