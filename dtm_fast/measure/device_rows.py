@@ -5,21 +5,27 @@ bfloat16 transformers' ten operations for a norm or a rotation move three to eig
 time on an H100.
 """
 
-from typing import Any
+import functools
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from dtm_fast.measure import triton_rows
-except ImportError:  # torch for the CPU may come without Triton
-    triton_rows = None  # type: ignore[assignment]
+from dtm_fast.ops import native
 
 
 def has_triton(device: torch.device) -> bool:
     """Whether the kernels run for tensors of this device."""
-    return device.type == "cuda" and triton_rows is not None
+    return device.type == "cuda" and native.why_no_triton() is None
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from dtm_fast.triton_kernels import layer_rows
+
+    return layer_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -31,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
     """
     if has_triton(x.device):
-        return triton_rows.rms_norm(x, weight, eps)
+        return cast(Tensor, _kernels().rms_norm(x, weight, eps))
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -39,7 +45,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x + branch`` and its ``rms_norm``; x and branch [..., D], of which x need not be contiguous."""
     if has_triton(x.device):
-        return triton_rows.add_norm(x, branch, weight, eps)
+        return cast(tuple[Tensor, Tensor], _kernels().add_norm(x, branch, weight, eps))
     total = x + branch
     return total, rms_norm(total, weight, eps)
 
@@ -52,7 +58,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         cosine: [T, head_dim], contiguous; sine likewise.
     """
     if has_triton(x.device):
-        return triton_rows.rotate(x, cosine, sine)
+        return cast(Tensor, _kernels().rotate(x, cosine, sine))
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cosine[:, None] + turned * sine[:, None]
@@ -61,7 +67,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``; both [..., I], rows of equal strides."""
     if has_triton(gate.device):
-        return triton_rows.gated(gate, up)
+        return cast(Tensor, _kernels().gated(gate, up))
     return F.silu(gate) * up
 
 

@@ -251,7 +251,8 @@ def test_the_whole_head_decides_as_logits_do(dtype):
 
 TRITON = """
 import torch
-from dtm_fast.measure import device_rows as ours, triton_rows as kernels
+from dtm_fast.measure import device_rows as ours
+from dtm_fast.triton_kernels import layer_rows as kernels
 torch.manual_seed(0)
 for sizes in ((2, 5, 3, 16, 48, 70), (1, 1, 1, 8, 7, 3000), (2, 2, 40, 64, 300, 96), (0, 4, 2, 8, 16, 16)):
     R, T, H, width, D, I = sizes

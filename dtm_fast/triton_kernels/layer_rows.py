@@ -92,7 +92,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _norm_kernel(x, branch, total, weight, out, width, eps, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore] # noqa: N803
+def _norm_kernel(x, branch, total, weight, out, width, eps, HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
     """One row a program; what is stored between transformers' operations is rounded here as well."""
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
@@ -120,9 +120,9 @@ def _rotate_kernel(  # type: ignore[no-untyped-def, unused-ignore]
     position_stride,
     length,
     heads,
-    HALF: tl.constexpr,  # noqa: N803
-    HALF_BLOCK: tl.constexpr,  # noqa: N803
-    HEADS: tl.constexpr,  # noqa: N803
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     """All heads of one position a program, the two halves of each together."""
     place = tl.program_id(0)
@@ -151,7 +151,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def, unused-ignore]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _gated_kernel(gate, up, out, stride, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore] # noqa: N803
+def _gated_kernel(gate, up, out, stride, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
     """A block of one row a program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
