@@ -129,7 +129,7 @@ class Head:
         base = kept.hidden.flatten(0, 1)[index]
         reference, top, nearest = self._reference.flatten()[index], kept.top[index], kept.nearest[index]
         radius = kept.radius[index] / (1 + error)[:, None]
-        threats = count_threats(hidden, base, radius, native_code=hidden.device.type == "cpu" and _native())
+        threats = count_threats(hidden, base, radius, native_code=_native(hidden.device))
         rows = _Rows(
             hidden=hidden,
             reference=reference,
@@ -277,8 +277,11 @@ def check_finite(hidden: Tensor) -> None:
         raise MeasurementError("the model's logits are not finite")
 
 
-def _native() -> bool:
-    return native.why_no_cpu_kernels() is None
+def _native(device: torch.device) -> bool:
+    """Whether there are kernels for this device."""
+    if device.type == "cpu":
+        return native.why_no_cpu_kernels() is None
+    return device.type == "cuda" and native.load("_cuda")[0] is not None
 
 
 def _row_counts(marks: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class SparseLinear(LinearLayer):
         device: of the buffers.
         dtype: of the bias; None is torch's default.
 
-    Nothing is kept until a state is loaded; `from_linear` makes a layer out of another.
+    Nothing is kept until a state is loaded; `from_linear` makes a layer out of another. On a GPU, where activations and
+    weight are bfloat16, it multiplies by `ops.bitmap_linear`, of the weight packed a second time.
     """
 
     uncast = ("values",)
@@ -51,6 +52,7 @@ class SparseLinear(LinearLayer):
         for name in _PACKED:
             self.register_buffer(name, getattr(empty, name))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        self._known_bitmap: tuple[torch.Tensor, int, ops.BitmapWeight | None] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: torch.Tensor | None = None) -> "SparseLinear":
@@ -100,8 +102,26 @@ class SparseLinear(LinearLayer):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        if x.is_cuda and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+            bitmap = self._bitmap()
+            if bitmap is not None:
+                return ops.bitmap_linear(x, bitmap, bias)
         packed = (self.values, self.columns, self.rows, self.steps)
         return packed_sparse_linear(x, *packed, self.out_features, self.in_features, bias)
+
+    def _bitmap(self) -> ops.BitmapWeight | None:
+        """The weight as the GPU's kernel reads it, packed anew when it has changed; None if it is no bfloat16."""
+        values = self.values
+        version = 0 if values.is_inference() else values._version
+        if (
+            self._known_bitmap is None
+            or self._known_bitmap[0] is not values
+            or self._known_bitmap[1] != version
+        ):
+            dense = self.weight.to_dense()
+            exact = torch.equal(dense.bfloat16().float(), dense)
+            self._known_bitmap = (values, version, ops.BitmapWeight.pack(dense.bfloat16()) if exact else None)
+        return self._known_bitmap[2]
 
     def _load_from_state_dict(
         self,

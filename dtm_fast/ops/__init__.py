@@ -2,6 +2,8 @@
 
 from dtm_fast.ops.apply_mask import apply_mask
 from dtm_fast.ops.backend_info import backend_info
+from dtm_fast.ops.bitmap_linear import bitmap_linear
+from dtm_fast.ops.bitmap_weight import BitmapWeight
 from dtm_fast.ops.certificate import Certificate
 from dtm_fast.ops.int8_linear import int8_linear
 from dtm_fast.ops.mask_bits import pack_mask, unpack_mask
@@ -12,12 +14,14 @@ from dtm_fast.ops.sparse_weight import SparseWeight
 from dtm_fast.ops.token_divergence import CertifiedDivergence, Divergence, token_divergence
 
 __all__ = [
+    "BitmapWeight",
     "Certificate",
     "CertifiedDivergence",
     "Divergence",
     "SparseWeight",
     "apply_mask",
     "backend_info",
+    "bitmap_linear",
     "int8_linear",
     "masked_linear",
     "pack_mask",

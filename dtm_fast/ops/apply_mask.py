@@ -68,7 +68,7 @@ def _check(weight: torch.Tensor, mask: torch.Tensor) -> None:
 def _run(weight: torch.Tensor, mask: torch.Tensor, backend: str | None = None) -> torch.Tensor:
     _check(weight, mask)
     chosen = backends.choose("apply_mask", backend, weight.device)
-    checks.padding_bits_zero("mask", mask, weight.shape[1])
+    checks.contents(checks.padding_bits_zero, "mask", mask, weight.shape[1])
     run = _apply_mask_cpu if chosen == "cpu" else apply_mask_reference
     return run(weight, mask)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from dtm_fast.ops import certified_cuda
 from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.certificate import Certificate
 from dtm_fast.ops.certificate_threats import count_threats
@@ -25,7 +26,7 @@ def certified_mismatch(
     reference: torch.Tensor,
     certificate: Certificate,
     mismatch_of: Mismatch,
-    native_code: bool,
+    backend: str,
 ) -> tuple[torch.Tensor, dict[str, int]]:
     """`mismatch_of(hidden, lm_head, reference)`, and how many positions each stage settled.
 
@@ -40,34 +41,25 @@ def certified_mismatch(
         reference: int64 [P].
         certificate: built for lm_head and P positions.
         mismatch_of: the full op, whose result for a row must not depend on the other rows and tokens.
-        native_code: whether the CPU kernels may run.
+        backend: that of mismatch_of; "cpu" and "cuda" have kernels for the first stages too.
     """
-    threats = count_threats(hidden, certificate.hidden.flatten(0, 1), certificate.radius, native_code)
-    mismatch = reference != certificate.top
-    settled = {"radius": int((threats == 0).sum())}
+    if backend == "cuda":
+        mismatch, threats, settled = _by_radius_and_nearest_cuda(
+            hidden, lm_head, reference, certificate, mismatch_of
+        )
+    else:
+        mismatch, threats, settled = _by_radius_and_nearest(
+            hidden, lm_head, reference, certificate, mismatch_of, native_code=backend == "cpu"
+        )
+    if sum(settled.values()) == len(reference):
+        return mismatch, {**settled, "int8 screen": 0, "full head": 0}
 
     def decide(positions: torch.Tensor, tokens: torch.Tensor) -> None:
-        """The full op on the lm_head of the tokens (bool [V]) and the references."""
-        tokens[reference[positions]] = True
-        ids = tokens.nonzero()[:, 0]
-        among = torch.searchsorted(ids, reference[positions])
-        mismatch[positions] = mismatch_of(hidden[positions], lm_head[ids], among)
+        _decide(mismatch, hidden, lm_head, reference, mismatch_of, positions, tokens)
 
-    proved = 0
-    for k in certificate.k:
-        most = min(k, certificate.nearest.shape[1])
-        provable = ((threats > proved) & (threats <= most)).nonzero()[:, 0]
-        if len(provable):
-            wanted = torch.arange(most, device=threats.device) < threats[provable, None]
-            tokens = torch.zeros(len(lm_head), dtype=torch.bool, device=threats.device)
-            tokens[certificate.nearest[provable, :most][wanted]] = True
-            tokens[certificate.top[provable]] = True
-            decide(provable, tokens)
-        settled[f"nearest {k}"] = len(provable)
-        proved = most
-    left = (threats > proved).nonzero()[:, 0]
+    left = (threats > certificate.nearest.shape[1]).nonzero()[:, 0]
     before = len(left)
-    screen = certificate.screen if before else None
+    screen = certificate.screen
     if screen is not None:
         covered = screen.covers(hidden[left])
         not_settled = [left[~covered]]
@@ -88,3 +80,67 @@ def certified_mismatch(
         mismatch[left] = mismatch_of(hidden[left], lm_head, reference[left])
     settled["full head"] = len(left)
     return mismatch, settled
+
+
+def _decide(
+    mismatch: torch.Tensor,
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    mismatch_of: Mismatch,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+) -> None:
+    """The full op at some positions, on the lm_head of the tokens (bool [V]) and the references."""
+    tokens[reference[positions]] = True
+    ids = tokens.nonzero()[:, 0]
+    among = torch.searchsorted(ids, reference[positions])
+    mismatch[positions] = mismatch_of(hidden[positions], lm_head[ids], among)
+
+
+_Early = tuple[torch.Tensor, torch.Tensor, dict[str, int]]
+"""mismatch bool [P], not yet right where a later stage must decide; threats int64 [P]; what each stage settled."""
+
+
+def _by_radius_and_nearest(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    certificate: Certificate,
+    mismatch_of: Mismatch,
+    native_code: bool,
+) -> _Early:
+    threats = count_threats(hidden, certificate.hidden.flatten(0, 1), certificate.radius, native_code)
+    mismatch = reference != certificate.top
+    settled = {"radius": int((threats == 0).sum())}
+    proved = 0
+    for k in certificate.k:
+        most = min(k, certificate.nearest.shape[1])
+        provable = ((threats > proved) & (threats <= most)).nonzero()[:, 0]
+        if len(provable):
+            wanted = torch.arange(most, device=threats.device) < threats[provable, None]
+            tokens = torch.zeros(len(lm_head), dtype=torch.bool, device=threats.device)
+            tokens[certificate.nearest[provable, :most][wanted]] = True
+            tokens[certificate.top[provable]] = True
+            _decide(mismatch, hidden, lm_head, reference, mismatch_of, provable, tokens)
+        settled[f"nearest {k}"] = len(provable)
+        proved = most
+    return mismatch, threats, settled
+
+
+def _by_radius_and_nearest_cuda(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    certificate: Certificate,
+    mismatch_of: Mismatch,
+) -> _Early:
+    mismatch, threats, histogram = certified_cuda.nearest_mismatch(
+        hidden, lm_head, reference, certificate, mismatch_of
+    )
+    settled, proved = {"radius": histogram[0]}, 0
+    for k in certificate.k:
+        most = min(k, certificate.nearest.shape[1])
+        settled[f"nearest {k}"] = sum(histogram[proved + 1 : most + 1])
+        proved = most
+    return mismatch, threats, settled

@@ -1,9 +1,13 @@
 """Checks of arguments, before native code sees them: name the argument, what it is and what was expected."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+# By tensor, the states in which it was read and found good: a set of tuples.
+_FOUND_GOOD = WeakIdKeyDictionary()
 
 
 def tensor(name: str, value: object, dtypes: Collection[torch.dtype]) -> None:
@@ -64,6 +68,11 @@ def padding_bits_zero(name: str, packed: torch.Tensor, columns: int) -> None:
         )
 
 
+def rows(x: torch.Tensor) -> int:
+    """How many rows [..., K] has."""
+    return math.prod(x.shape[:-1])
+
+
 def gradient_needed(*tensors: object) -> bool:
     """Whether autograd will need a backward of an operation on these arguments, checked or not."""
     return torch.is_grad_enabled() and any(
@@ -75,3 +84,29 @@ def no_gradient_needed(operation: str, *tensors: torch.Tensor | None) -> None:
     """Raise RuntimeError if autograd would need a backward of this operation."""
     if gradient_needed(*tensors):
         raise RuntimeError(f"{operation} has no backward yet; call it under torch.no_grad()")
+
+
+def capturing(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured, within which no value can be read."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def contents(check: Callable[..., None], name: str, value: torch.Tensor, *arguments: object) -> None:
+    """`check(name, value, *arguments)`, a check that reads values; on a GPU once for every state of a tensor.
+
+    There it waits for all that is queued, which would cost more than the operation. A tensor that was found good is
+    not read again until torch knows that it was written; nothing is read while a graph is captured.
+    """
+    if value.device.type == "cpu":
+        check(name, value, *arguments)
+        return
+    if capturing(value):
+        return
+    if value.is_inference():  # torch counts no versions
+        check(name, value, *arguments)
+        return
+    state = (check, value._version, value.data_ptr(), value.shape, *arguments)
+    found: set[tuple[object, ...]] = _FOUND_GOOD.get(value, set())
+    if state not in found:
+        check(name, value, *arguments)
+        _FOUND_GOOD[value] = {each for each in found if each[1] == value._version} | {state}

@@ -31,7 +31,7 @@ def int8_linear(
         qweight: [N, K] int8; -128 is allowed. K <= 131071, so that int32 sums cannot overflow.
         scale: [N] float32, finite.
         bias: [N], in the dtype of x or float32, or None.
-        backend: None (the best), "cpu" or "reference".
+        backend: None (the best), "cpu", "cuda", "triton" or "reference".
 
     Returns:
         [..., N] in the dtype of x.
@@ -89,6 +89,61 @@ def _int8_linear_cpu(
     return y
 
 
+def int8_linear_cuda(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel: str = "best",
+) -> torch.Tensor:
+    """The CUDA kernels, of arguments that are checked; `kernel`: one of native.CUDA_KERNELS."""
+    cuda, stream = native.cuda_call(x.device)
+    rows, qweight = native.as_separate_rows(x), native.as_separate_rows(qweight)
+    scale = scale.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    columns, depth = qweight.shape
+    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    qx_stride = -(-depth // 16) * 16
+    qx = torch.empty((rows.shape[0], qx_stride), dtype=torch.int8, device=x.device)
+    scale_x = torch.empty(rows.shape[0], device=x.device)
+    with native.on_device(x.device):
+        cuda.int8_linear(
+            native.CUDA_KERNELS.index(kernel),
+            native.FLOAT_TYPES[x.dtype],
+            rows.data_ptr(),
+            rows.stride(0),
+            qweight.data_ptr(),
+            qweight.stride(0),
+            scale.data_ptr(),
+            native.address(bias),
+            rows.shape[0],
+            columns,
+            depth,
+            y.data_ptr(),
+            qx.data_ptr(),
+            qx_stride,
+            scale_x.data_ptr(),
+            stream,
+        )
+    return y
+
+
+def _int8_linear_triton(
+    x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    from dtm_fast.triton_kernels.int8_linear import int8_linear as run
+
+    return run(x, qweight, scale, bias)
+
+
+_RUN = {
+    "cpu": _int8_linear_cpu,
+    "cuda": int8_linear_cuda,
+    "triton": _int8_linear_triton,
+    "reference": int8_linear_reference,
+}
+
+
 def _check(x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
     checks.tensor("x", x, (torch.float32, torch.bfloat16))
     checks.at_least_one_dim("x", x)
@@ -118,10 +173,9 @@ def _run(
     backend: str | None = None,
 ) -> torch.Tensor:
     _check(x, qweight, scale, bias)
-    checks.finite("scale", scale)
-    chosen = backends.choose("int8_linear", backend, x.device)
-    run = _int8_linear_cpu if chosen == "cpu" else int8_linear_reference
-    return run(x, qweight, scale, bias)
+    chosen = backends.choose("int8_linear", backend, x.device, x.dtype, checks.rows(x))
+    checks.contents(checks.finite, "scale", scale)
+    return _RUN[chosen](x, qweight, scale, bias)
 
 
 def _fake(

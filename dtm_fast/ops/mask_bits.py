@@ -45,7 +45,7 @@ def unpack_mask(
     Args:
         packed: [..., N, ceil(K / 8)] uint8; the bits beyond K must be 0.
         K: the number of columns.
-        backend: None (the best), "cpu", "cuda" or "reference".
+        backend: None (the best), "cpu", "cuda", "triton" or "reference".
 
     Returns:
         [..., N, K] bool.
@@ -102,15 +102,26 @@ def _unpack_mask_cpu(packed: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _unpack_mask_cuda(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    cuda, reason = native.load("_cuda")
-    if cuda is None:
-        raise RuntimeError(reason)
+    cuda, stream = native.cuda_call(packed.device)
     rows = native.as_rows(packed).contiguous()
     mask = torch.empty((*packed.shape[:-1], columns), dtype=torch.bool, device=packed.device)
-    with torch.cuda.device(packed.device):
-        stream = torch.cuda.current_stream().cuda_stream
+    with native.on_device(packed.device):
         cuda.unpack_mask(rows.data_ptr(), rows.shape[0], columns, mask.data_ptr(), stream)
     return mask
+
+
+def _unpack_mask_triton(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    from dtm_fast.triton_kernels.unpack_mask import unpack_mask as run
+
+    return run(packed, columns)
+
+
+_UNPACKERS = {
+    "cpu": _unpack_mask_cpu,
+    "cuda": _unpack_mask_cuda,
+    "triton": _unpack_mask_triton,
+    "reference": unpack_mask_reference,
+}
 
 
 def _check_mask(mask: torch.Tensor) -> None:
@@ -132,12 +143,8 @@ def _fake_pack(mask: torch.Tensor, backend: str | None = None) -> torch.Tensor:
 def _run_unpack(packed: torch.Tensor, columns: int, backend: str | None = None) -> torch.Tensor:
     check_packed("packed", packed, columns)
     chosen = backends.choose("unpack_mask", backend, packed.device)
-    checks.padding_bits_zero("packed", packed, columns)
-    if chosen == "cpu":
-        return _unpack_mask_cpu(packed, columns)
-    if chosen == "cuda":
-        return _unpack_mask_cuda(packed, columns)
-    return unpack_mask_reference(packed, columns)
+    checks.contents(checks.padding_bits_zero, "packed", packed, columns)
+    return _UNPACKERS[chosen](packed, columns)
 
 
 def _fake_unpack(packed: torch.Tensor, columns: int, backend: str | None = None) -> torch.Tensor:

@@ -7,14 +7,14 @@ from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.mask_bits import unpack_mask_reference
 
 
-def check_nested(mask: torch.Tensor) -> None:
+def check_nested(name: str, mask: torch.Tensor) -> None:
     """Raise ValueError unless each mask keeps a part of what the mask before it keeps."""
     added = mask[1:] & ~mask[:-1]
     if bool(added.any()):
         first = int(added.flatten(1).any(1).nonzero()[0])
         raise ValueError(
-            "mask: expected nested masks, each keeping a part of what the mask before it keeps; "
-            f"mask[{first + 1}] keeps what mask[{first}] does not"
+            f"{name}: expected nested masks, each keeping a part of what the mask before it keeps; "
+            f"{name}[{first + 1}] keeps what {name}[{first}] does not"
         )
 
 

@@ -45,7 +45,7 @@ def masked_linear(
         mask: [N, ceil(K / 8)] or [V, N, ceil(K / 8)] uint8, as pack_mask makes it.
         bias: [N], in the dtype of x, or None.
         nested: whether mask[v + 1] keeps a part of what mask[v] keeps, for each v; needs V masks.
-        backend: None (the best), "cpu" or "reference".
+        backend: None (the best), "cpu", "cuda", "triton" or "reference"; for nested masks on a GPU "reference".
 
     Returns:
         [..., N], or [V, ..., N] for V masks, in the dtype of x.
@@ -111,6 +111,60 @@ def _masked_linear_cpu(
     return y
 
 
+def masked_linear_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernel: str = "best",
+) -> torch.Tensor:
+    """The CUDA kernels, of arguments that are checked; `kernel`: one of native.CUDA_KERNELS."""
+    cuda, stream = native.cuda_call(x.device)
+    rows, weight = native.as_separate_rows(x), native.as_separate_rows(weight)
+    masks = mask if mask.dim() == 3 else mask[None]
+    if masks.stride(-1) != 1:
+        masks = masks.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    columns, depth = weight.shape
+    y = torch.empty((*mask.shape[:-2], *x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    with native.on_device(x.device):
+        cuda.masked_linear(
+            native.CUDA_KERNELS.index(kernel),
+            native.FLOAT_TYPES[x.dtype],
+            rows.data_ptr(),
+            rows.stride(0),
+            weight.data_ptr(),
+            weight.stride(0),
+            masks.data_ptr(),
+            masks.stride(1),
+            masks.stride(0),
+            native.address(bias),
+            masks.shape[0],
+            rows.shape[0],
+            columns,
+            depth,
+            y.data_ptr(),
+            stream,
+        )
+    return y
+
+
+def _masked_linear_triton(
+    x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    from dtm_fast.triton_kernels.masked_linear import masked_linear as run
+
+    return run(x, weight, mask, bias)
+
+
+_RUN = {
+    "cpu": _masked_linear_cpu,
+    "cuda": masked_linear_cuda,
+    "triton": _masked_linear_triton,
+    "reference": masked_linear_reference,
+}
+
+
 def _check(
     x: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None, nested: bool
 ) -> None:
@@ -141,14 +195,15 @@ def _run(
     nested: bool = False,
 ) -> torch.Tensor:
     _check(x, weight, mask, bias, nested)
-    chosen = backends.choose("masked_linear", backend, x.device)
-    checks.padding_bits_zero("mask", mask, weight.shape[1])
+    chosen = backends.choose("masked_linear", backend, x.device, x.dtype, checks.rows(x))
+    checks.contents(checks.padding_bits_zero, "mask", mask, weight.shape[1])
     if nested:
-        check_nested(mask)
+        checks.contents(check_nested, "mask", mask)
+        if backend in ("cuda", "triton"):
+            raise RuntimeError(f"masked_linear: backend {backend!r} cannot run: no kernel for nested masks")
         run = masked_ladder_cpu if chosen == "cpu" else masked_ladder_reference
-    else:
-        run = _masked_linear_cpu if chosen == "cpu" else masked_linear_reference
-    return run(x, weight, mask, bias)
+        return run(x, weight, mask, bias)
+    return _RUN[chosen](x, weight, mask, bias)
 
 
 def _fake(

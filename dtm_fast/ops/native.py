@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import importlib.util
 import math
 import os
 from collections.abc import Iterator
@@ -21,8 +22,11 @@ ISAS = (
     "amx",
 )  # index = the number that _cpu uses; each contains the former
 
-# The numbers that _cpu uses for the types of activations and weights.
+# The numbers that _cpu and _cuda use for the types of activations and weights.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+# Index = the number that _cuda uses (kernel_choice.h).
+CUDA_KERNELS = ("best", "few_tokens", "mma", "hopper", "few_tokens_stream")
 
 _isa_override: str | None = None
 
@@ -101,10 +105,39 @@ def cpu_call() -> tuple[ModuleType, int, int]:
     return module, ISAS.index(cpu_isa()), torch.get_num_threads()
 
 
+@functools.cache
+def why_no_triton() -> str | None:
+    """Why the Triton kernels cannot run, in one line, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def cuda_call(device: torch.device) -> tuple[ModuleType, int]:
+    """What every CUDA kernel call needs: the module and the address of the device's current stream."""
+    module, reason = load("_cuda")
+    if module is None:
+        raise RuntimeError(reason)
+    return module, torch.cuda.current_stream(device).cuda_stream
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU the current one, as launches need it; costs nothing if it is that already."""
+    if device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """[..., K] as [rows, K] with contiguous columns and any row stride, as kernels read it."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+def as_separate_rows(x: torch.Tensor) -> torch.Tensor:
+    """As as_rows, of rows that do not overlap: the copy engine of a GPU takes no other strides."""
+    rows = as_rows(x)
+    return rows.contiguous() if rows.stride(0) < rows.shape[1] else rows
 
 
 def address(x: torch.Tensor | None) -> int:

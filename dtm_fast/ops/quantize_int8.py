@@ -16,7 +16,7 @@ def quantize_int8(weight: torch.Tensor, *, backend: str | None = None) -> tuple[
 
     Args:
         weight: [N, K] or [..., K], float32, bfloat16 or float16.
-        backend: None (the best), "cpu" or "reference".
+        backend: None (the best), "cpu", "cuda", "triton" or "reference".
 
     Returns:
         qweight: [N, K] int8 in [-127, 127].
@@ -37,7 +37,7 @@ def quantize_int8(weight: torch.Tensor, *, backend: str | None = None) -> tuple[
 
 def quantize_rows(x: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """As quantize_int8, on a backend that can run; a row with a NaN or an infinity: zeros, scale NaN."""
-    return _quantize_rows_cpu(x) if backend == "cpu" else quantize_rows_reference(x)
+    return _RUN[backend](x)
 
 
 def quantize_rows_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,6 +70,39 @@ def _quantize_rows_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, scale
 
 
+def _quantize_rows_cuda(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    cuda, stream = native.cuda_call(x.device)
+    rows = native.as_separate_rows(x.float() if x.dtype == torch.float16 else x)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[:-1], device=x.device)
+    with native.on_device(x.device):
+        cuda.quantize_int8(
+            native.FLOAT_TYPES[rows.dtype],
+            rows.data_ptr(),
+            rows.stride(0),
+            *rows.shape,
+            q.data_ptr(),
+            rows.shape[1],
+            scale.data_ptr(),
+            stream,
+        )
+    return q, scale
+
+
+def _quantize_rows_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from dtm_fast.triton_kernels.quantize_int8 import quantize_rows as run
+
+    return run(x)
+
+
+_RUN = {
+    "cpu": _quantize_rows_cpu,
+    "cuda": _quantize_rows_cuda,
+    "triton": _quantize_rows_triton,
+    "reference": quantize_rows_reference,
+}
+
+
 def _check(weight: torch.Tensor) -> None:
     checks.tensor("weight", weight, (torch.float32, torch.bfloat16, torch.float16))
     checks.at_least_one_dim("weight", weight)
@@ -78,9 +111,10 @@ def _check(weight: torch.Tensor) -> None:
 def _run(weight: torch.Tensor, backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     _check(weight)
     weight = weight.detach()
-    qweight, scale = quantize_rows(weight, backends.choose("quantize_int8", backend, weight.device))
+    chosen = backends.choose("quantize_int8", backend, weight.device, weight.dtype, checks.rows(weight))
+    qweight, scale = quantize_rows(weight, chosen)
     # A row that is not finite is marked by its scale, which is far cheaper than to look at the weight first.
-    if not bool(scale.isfinite().all()):
+    if not checks.capturing(scale) and not bool(scale.isfinite().all()):
         checks.finite("weight", weight)
     return qweight, scale
 

@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.certificate import Certificate
-from dtm_fast.ops.certified_divergence import certified_mismatch
+from dtm_fast.ops.certified_divergence import Mismatch, certified_mismatch
 from dtm_fast.ops.library import register
+
+_VOCABULARY_TILE = 128  # tokens of the smallest tile of a CUDA kernel (kSmallestVocabularyTile)
+_ROW_TILE = 128  # rows of hidden that a CUDA kernel takes at a time
+_SUMMARIES = 2**22  # summaries of one row of one tile held at a time: 12 bytes each, 48 MiB
+
+_HOPPER_ELEMENTS = 8  # bfloat16 of the 16 bytes on which the rows of the kernel "hopper" begin
 
 _REFERENCE_ROWS = 64  # tokens whose logits the reference twin holds at a time
 
@@ -78,16 +84,18 @@ def token_divergence(
     Logits are summed in float32 and rounded to the dtype of hidden, as a model that stores them would see
     them. On the CPU the order of a sum depends on neither the batch nor the threads; it is the same for all
     instruction sets, but for bfloat16 on AVX512-BF16 and on AMX, which have their own and take denormal numbers
-    as zero. Ties go to the lowest token id, a NaN is larger than every number, and nll is NaN where a logit is.
+    as zero. Backend "cuda" sums in one order per kernel, and takes the kernel by the GPU, the dtype, D and the
+    alignment of rows (bfloat16 in rows that begin on 16 bytes has one of its own on compute capability 9.0), not
+    by T or V. Ties go to the lowest token id, a NaN is larger than every number, and nll is NaN where a logit is.
 
     Args:
         hidden: [B, T, D], float32 or bfloat16: what the final norm gives.
         lm_head: [V, D], in the dtype of hidden.
         reference: [B, T] int64, token ids in [0, V).
         certificate: Certificate.build of base hidden states near these and of this lm_head: tokens are then
-            decided by proofs where possible. The answer is the same at every position and backend "cpu", which
-            sums in one fixed order; that of backend "reference" depends on the shape where logits all but tie.
-        backend: None (the best), "cpu" or "reference" (which alone has a backward, for nll).
+            decided by proofs where possible. The answer of backends "cpu" and "cuda", which sum in one fixed
+            order, is the same at every position; that of the others depends on the shape where logits all but tie.
+        backend: None (the best), "cpu", "cuda", "triton" or "reference" (which alone has a backward, for nll).
 
     Returns:
         Divergence(mismatch, first, count, nll); with a certificate, which cannot know nll,
@@ -150,6 +158,61 @@ def _mismatch_and_nll_cpu(
     return mismatch, nll
 
 
+def mismatch_and_nll_cuda(
+    hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor, kernel: str = "best"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The CUDA kernels, of arguments that are checked; `kernel`: one of native.CUDA_KERNELS."""
+    cuda, stream = native.cuda_call(hidden.device)
+    hidden, lm_head = native.as_separate_rows(hidden), native.as_separate_rows(lm_head)
+    reference = reference.contiguous()
+    rows = reference.shape[0]
+    mismatch = torch.empty(rows, dtype=torch.bool, device=hidden.device)
+    nll = torch.empty(rows, device=hidden.device)
+    if rows == 0:
+        return mismatch, nll
+    tiles = -(-lm_head.shape[0] // _VOCABULARY_TILE)
+    # A whole number of the kernels' tiles of rows, so that the parts cost no more than the whole.
+    most = min(rows, max(1, _SUMMARIES // (tiles * _ROW_TILE)) * _ROW_TILE)
+    summaries = torch.empty((tiles, most, 3), device=hidden.device)
+    own_logit = torch.empty(most, device=hidden.device)
+    with native.on_device(hidden.device):
+        for start in range(0, rows, most):
+            part = slice(start, start + most)
+            cuda.token_divergence(
+                native.CUDA_KERNELS.index(kernel),
+                native.FLOAT_TYPES[hidden.dtype],
+                hidden[part].data_ptr(),
+                hidden.stride(0),
+                lm_head.data_ptr(),
+                lm_head.stride(0),
+                reference[part].data_ptr(),
+                min(most, rows - start),
+                *lm_head.shape,
+                mismatch[part].data_ptr(),
+                nll[part].data_ptr(),
+                summaries.data_ptr(),
+                own_logit.data_ptr(),
+                stream,
+            )
+    return mismatch, nll
+
+
+def _mismatch_and_nll_triton(
+    hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from dtm_fast.triton_kernels.token_divergence import mismatch_and_nll as run
+
+    return run(hidden, lm_head, reference)
+
+
+_RUN: dict[str, RowsOp] = {
+    "cpu": _mismatch_and_nll_cpu,
+    "cuda": mismatch_and_nll_cuda,
+    "triton": _mismatch_and_nll_triton,
+    "reference": mismatch_and_nll_reference,
+}
+
+
 def _check(hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor) -> None:
     checks.tensor("hidden", hidden, (torch.float32, torch.bfloat16))
     checks.dims("hidden", hidden, "[B, T, D]", 3)
@@ -163,24 +226,24 @@ def _check(hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor)
     checks.same_device("hidden", hidden, lm_head=lm_head, reference=reference)
 
 
-def _check_token_ids(reference: torch.Tensor, vocabulary: int) -> None:
+def _check_token_ids(name: str, reference: torch.Tensor, vocabulary: int) -> None:
     if reference.numel() == 0:
         return
     low, high = (int(each) for each in reference.aminmax())
     if low < 0 or high >= vocabulary:
-        raise ValueError(f"reference: expected token ids in [0, {vocabulary}), got ids from {low} to {high}")
+        raise ValueError(f"{name}: expected token ids in [0, {vocabulary}), got ids from {low} to {high}")
 
 
 def _prepare(
     hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor, backend: str | None
-) -> RowsOp:
-    """Check the arguments and say what runs."""
+) -> str:
+    """Check the arguments and say which backend runs."""
     _check(hidden, lm_head, reference)
     if backend != "reference":
         checks.no_gradient_needed("token_divergence", hidden, lm_head)
-    chosen = backends.choose("token_divergence", backend, hidden.device)
-    _check_token_ids(reference, lm_head.shape[0])
-    return _mismatch_and_nll_cpu if chosen == "cpu" else mismatch_and_nll_reference
+    chosen = backends.choose("token_divergence", backend, hidden.device, hidden.dtype, reference.numel())
+    checks.contents(_check_token_ids, "reference", reference, lm_head.shape[0])
+    return chosen
 
 
 def _first_and_count(mismatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,10 +255,41 @@ def _first_and_count(mismatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def _run(
     hidden: torch.Tensor, lm_head: torch.Tensor, reference: torch.Tensor, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = _prepare(hidden, lm_head, reference, backend)
+    run = _RUN[_prepare(hidden, lm_head, reference, backend)]
     mismatch, nll = run(hidden.flatten(0, 1), lm_head, reference.flatten())
     mismatch = mismatch.reshape(reference.shape)
     return mismatch, *_first_and_count(mismatch), nll.reshape(reference.shape)
+
+
+def _mismatch_as_of_all_cuda(hidden: torch.Tensor, lm_head: torch.Tensor) -> Mismatch:
+    """The CUDA op on copies of rows of these, by the kernel that takes all of them: its logits, to the last bit."""
+    hidden, lm_head = native.as_separate_rows(hidden), native.as_separate_rows(lm_head)
+    cuda, _ = native.cuda_call(hidden.device)
+    with native.on_device(hidden.device):
+        on_hopper = cuda.token_divergence_possible(
+            native.CUDA_KERNELS.index("hopper"),
+            native.FLOAT_TYPES[hidden.dtype],
+            hidden.data_ptr(),
+            hidden.stride(0),
+            lm_head.data_ptr(),
+            lm_head.stride(0),
+            0,
+            hidden.shape[0],
+            *lm_head.shape,
+            *(0,) * 4,
+        )
+    # Copies lie close together, so that rows which began on 16 bytes need not do so any more.
+    apart = -hidden.shape[1] % _HOPPER_ELEMENTS if on_hopper else 0
+
+    def rows_at(rows: torch.Tensor) -> torch.Tensor:
+        return F.pad(rows, (0, apart))[:, : rows.shape[1]]
+
+    def mismatch(some: torch.Tensor, tokens: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        if apart:
+            some, tokens = rows_at(some), tokens if tokens is lm_head else rows_at(tokens)
+        return mismatch_and_nll_cuda(some, tokens, reference, "hopper" if on_hopper else "mma")[0]
+
+    return mismatch
 
 
 @torch.no_grad()
@@ -208,15 +302,16 @@ def _certified(
 ) -> CertifiedDivergence:
     if not isinstance(certificate, Certificate):
         raise TypeError(f"certificate: expected a Certificate or None, got {type(certificate).__name__}")
-    run = _prepare(hidden, lm_head, reference, backend)
+    chosen = _prepare(hidden, lm_head, reference, backend)
     certificate.check(hidden, lm_head)
+    rows = hidden.flatten(0, 1)
     mismatch, settled = certified_mismatch(
-        hidden.flatten(0, 1),
+        rows,
         lm_head,
         reference.flatten(),
         certificate,
-        lambda *rows: run(*rows)[0],
-        native_code=run is _mismatch_and_nll_cpu,
+        _mismatch_as_of_all_cuda(rows, lm_head) if chosen == "cuda" else lambda *some: _RUN[chosen](*some)[0],
+        chosen,
     )
     mismatch = mismatch.reshape(reference.shape)
     return CertifiedDivergence(mismatch, *_first_and_count(mismatch), settled)

@@ -50,7 +50,8 @@ def bitmap_linear_kernel(
     tile = tl.arange(0, TILES)
     # The 64 words of a tile, [lane, product // 4] there, as [product // 4, lane].
     word = tl.arange(0, 2)[:, None] + tl.arange(0, 32)[None, :] * 2
-    place = tl.arange(0, 4)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
+    place = tl.arange(0, 4)[:, None, None] + tl.arange(0, 8)[None, None, :] * 4
+    back = tl.arange(0, 2)[None, None, :, None] == 1
     tiles = tl.cdiv(K, 128)
     first = strip.to(tl.int64) * tiles
     inputs = x + rows.to(tl.int64)[:, None] * x_stride + depth[None, :]
@@ -62,9 +63,15 @@ def bitmap_linear_kernel(
         words = tl.load(bits + at, inside[:, None, None], other=0)
         begin = tl.load(begins + first + start + tile, inside, other=0)
         kept = tl.reshape((words[:, :, None, :, None] >> place[None, None, :, :, :]) & 1, [TILES, 2048])
-        # How many are kept before says where the value of an entry is.
-        offsets = begin[:, None] + (tl.cumsum(kept, 1) - kept)
-        w = tl.load(values + offsets, kept != 0, other=0.0)
+        # Of each run, the values of four elements from its beginning, those of the other four from its end.
+        counts = tl.sum(tl.reshape(kept, [TILES, 256, 8]), 2)
+        sizes = counts + counts % 2
+        ends = begin[:, None] + tl.cumsum(sizes, 1)
+        fours = tl.reshape(kept, [TILES * 512, 4])
+        before = tl.reshape(tl.cumsum(fours, 1) - fours, [TILES, 256, 2, 4])
+        ends = ends[:, :, None, None]
+        offsets = tl.where(back, ends - 1 - before, ends - sizes[:, :, None, None] + before)
+        w = tl.load(values + tl.reshape(offsets, [TILES, 2048]), kept != 0, other=0.0)
         # Product (part, i), lane (g, t), element (q, half, b): row 8 half + g, column 32 part + 8 t + 4 i + 2 q + b.
         w = tl.permute(tl.reshape(w, [TILES, 4, 2, 8, 4, 2, 2, 2]), (0, 1, 4, 2, 5, 7, 6, 3))
         w = tl.reshape(w, [TILES * 128, 16])

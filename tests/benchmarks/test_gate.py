@@ -45,10 +45,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     leave = shutil.ignore_patterns("__pycache__", "*.so", "results")
     for each in ("benchmarks", "csrc", "dtm_fast"):
         shutil.copytree(ROOT / each, folder / each, ignore=leave)
-    # What is three times as slow is so at any optimization; less of it takes a third off each build.
+    # What is three times as slow is so at any optimization; none of it takes half off each build.
     recipe = (ROOT / "CMakeLists.txt").read_text()
     assert recipe.count('"-O3 -DNDEBUG"') == 1, "CMakeLists.txt no longer optimizes so: mend this test"
-    (folder / "CMakeLists.txt").write_text(recipe.replace('"-O3 -DNDEBUG"', '"-O1 -DNDEBUG"'))
+    (folder / "CMakeLists.txt").write_text(recipe.replace('"-O3 -DNDEBUG"', '"-O0 -DNDEBUG"'))
     git(folder, "init", "--quiet")
     commit(folder, "fine")
     text = (folder / KERNEL).read_text()

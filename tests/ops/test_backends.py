@@ -28,6 +28,9 @@ CALLS: dict[str, Callable[[str | None], object]] = {
     "sparse_linear": lambda backend: ops.sparse_linear(
         X, ops.SparseWeight.pack(X, backend="reference"), backend=backend
     ),
+    "bitmap_linear": lambda backend: ops.bitmap_linear(
+        X.bfloat16(), ops.BitmapWeight.pack(X.bfloat16()), backend=backend
+    ),
     "token_divergence": lambda backend: ops.token_divergence(
         X[None], X, torch.ones(1, 3, dtype=torch.int64), backend=backend
     ),
@@ -52,11 +55,14 @@ def test_forced_backends_that_cannot_run_say_why(operation: str) -> None:
         ValueError, match=r"backend: expected None, 'cpu', 'cuda', 'triton', 'reference', got 'avx2'"
     ):
         call("avx2")
-    with pytest.raises(RuntimeError, match=rf"{operation}: backend 'triton' cannot run: not implemented yet"):
-        call("triton")
-    why = "the tensors are on cpu" if operation == "unpack_mask" else "not implemented yet"
-    with pytest.raises(RuntimeError, match=rf"{operation}: backend 'cuda' cannot run: {why}"):
-        call("cuda")
+    why = "the tensors are on cpu" if operation in backends.CUDA_OPERATIONS else "not implemented"
+    for backend in ("triton", "cuda"):
+        with pytest.raises(RuntimeError, match=rf"{operation}: backend '{backend}' cannot run: {why}"):
+            call(backend)
+    if operation not in backends.CPU_OPERATIONS:
+        with pytest.raises(RuntimeError, match=rf"{operation}: backend 'cpu' cannot run: not implemented"):
+            call("cpu")
+        return
     with (
         native.use_cpu_isa("reference"),
         pytest.raises(
@@ -112,7 +118,8 @@ def test_backend_info_says_what_runs() -> None:
     for name, operation in info["operations"].items():
         native_cuda = name in backends.CUDA_OPERATIONS and info["native_cuda"]["available"]
         assert operation["cuda"]["backend"] == ("cuda" if native_cuda else "reference")
-        assert operation["cpu"]["backend"] == ("reference" if native.cpu_isa() == "reference" else "cpu")
+        without = native.cpu_isa() == "reference" or name not in backends.CPU_OPERATIONS
+        assert operation["cpu"]["backend"] == ("reference" if without else "cpu")
         assert all(each["reason"] for each in operation.values())
 
 

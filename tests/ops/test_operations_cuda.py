@@ -166,6 +166,23 @@ def test_a_layer_moves_to_the_gpu(cuda):
             assert torch.equal(layer.to(cuda)(x.to(cuda)).cpu(), expected), name
 
 
+def test_a_sparse_layer_in_bfloat16_is_packed_for_the_gpu(cuda):
+    linear = torch.nn.Linear(200, 70, bias=False).bfloat16()
+    with torch.no_grad():
+        linear.weight.copy_(whole(70, 200, most=1) * (torch.rand(70, 200) < 0.3))
+    x = whole(5, 200, dtype=torch.bfloat16, most=1)
+    layer = nn.SparseLinear.from_linear(linear)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.to(cuda)
+        assert torch.equal(layer(x.to(cuda)).cpu(), expected)
+        layer.values *= 2  # whole numbers still
+        assert torch.equal(layer(x.to(cuda)).cpu(), 2 * expected)
+        layer.values /= 3  # and no bfloat16 any more: the twin
+        assert layer._bitmap() is None
+        assert torch.allclose(layer(x.to(cuda)).cpu(), 2 / 3 * expected, rtol=2**-7, atol=1e-5)
+
+
 def test_tensors_of_two_devices_are_refused(cuda):
     x, weight, mask = whole(5, 40), whole(9, 40), mask_of(9, 40)
     with pytest.raises(ValueError, match="weight: expected device cuda:0, that of x, got cpu"):

@@ -23,6 +23,10 @@ def arguments() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "apply_mask": (ops.apply_mask, (weight, packed[0])),
         "masked_linear": (ops.masked_linear, (x, weight, packed, torch.randn(11))),
         "sparse_linear": (ops.sparse_linear, (x, ops.SparseWeight.pack(weight), torch.randn(11))),
+        "bitmap_linear": (
+            ops.bitmap_linear,
+            (x.bfloat16(), ops.BitmapWeight.pack(weight.bfloat16(), packed[0]), torch.randn(11).bfloat16()),
+        ),
         "token_divergence": (ops.token_divergence, (x, weight, reference)),
     }
 
@@ -31,8 +35,9 @@ OPERATIONS = list(arguments())
 
 
 def flat(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments as the operator takes them: a SparseWeight as its tensors and sizes."""
-    parts = (vars(each).values() if isinstance(each, ops.SparseWeight) else (each,) for each in values)
+    """The arguments as the operator takes them: a packed weight as its tensors and sizes."""
+    packed = ops.SparseWeight, ops.BitmapWeight
+    parts = (vars(each).values() if isinstance(each, packed) else (each,) for each in values)
     return tuple(part for each in parts for part in each)
 
 
