@@ -7,6 +7,7 @@
 # make bench-evaluator   the fast evaluator beside the loop one would write: a section of docs/performance.md
 # make bench-generation  reading and writing before and after dtm_fast.accelerate: another section of it
 # make gate     is any kernel slower than in another revision? (BASE=main HEAD=.)
+# make gpu-check  on a machine with an NVIDIA GPU: build, tests, compute-sanitizer, benchmarks (docs/gpu.md), 9 minutes
 # make build    only the environment and the native build
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ CPP := $(shell find csrc -type f)
 SANITIZED := build/sanitized
 TSAN := build/tsan
 
-.PHONY: build demo bench bench-limits bench-evaluator bench-generation gate test test-cpp test-tsan test-python test-evaluator browser check format clean
+.PHONY: build demo bench bench-limits bench-evaluator bench-generation gpu-check gate test test-cpp test-tsan test-python test-evaluator browser check format clean
 
 build: .venv/installed
 
@@ -57,13 +58,19 @@ bench-evaluator: build
 bench-generation: build
 	$(BIN)/python -m benchmarks.generation $(BENCH)
 
+# Needs no network: only what a CUDA image with torch, triton, transformers, pybind11, cmake and ninja has.
+gpu-check:
+	benchmarks/cuda/on_device.sh build test sanitize kernels seven
+
 # Both revisions are built and timed here, about 80 seconds; HEAD=. is the working tree as it is.
 BASE ?= HEAD
 HEAD ?= .
 gate: .venv/dependencies
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gate $(BASE) $(HEAD) $(GATE)
 
-test: test-cpp test-tsan test-python
+# One after the other, also where something else runs beside: the tests that are timed come last.
+test: build
+	$(MAKE) --jobs=1 test-cpp test-tsan test-python
 
 test-cpp: .venv/dependencies
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DDTM_FAST_TESTS=ON -DDTM_FAST_CUDA=OFF \

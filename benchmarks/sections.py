@@ -25,8 +25,9 @@ class Section(NamedTuple):
 
 EVALUATOR = Section("the evaluator")
 GENERATION = Section("generation")
+GPU = Section("a GPU")
 
 
 def kept(page: str) -> str:
     """Those of docs/performance.md that have commands of their own, and that ``make bench`` leaves as they are."""
-    return "\n\n".join(text for each in (EVALUATOR, GENERATION) if (text := each.of(page)))
+    return "\n\n".join(text for each in (EVALUATOR, GENERATION, GPU) if (text := each.of(page)))

@@ -1,12 +1,14 @@
-"""python -m benchmarks.cuda --out FILE.json: unpack_mask and the evaluator on a GPU; benchmarks/cuda/on_device.sh.
+"""python -m benchmarks.cuda --out FILE.json: the kernels and the evaluator on a GPU; benchmarks/cuda/on_device.sh.
 
-Exit code 1 where a result is wrong: a mask, or an FDT that differs from the strong loop's by more than rounding.
+A part whose name is in FILE.json already is measured anew, the others stay: each part may run in a process of its own.
+Exit code 1 where a result is wrong: of a kernel, or an FDT that differs from the strong loop's by more than rounding.
 """
 
 import argparse
 import json
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import transformers
 
 from benchmarks import machine
-from benchmarks.cuda import evaluation, unpacking
+from benchmarks.cuda import evaluation, kernels, seven_billion, unpacking
 
 DTYPES = ("float32", "bfloat16")
 
@@ -43,7 +45,10 @@ def gpu(device: torch.device) -> dict[str, Any]:
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--only", choices=["unpack_mask", *DTYPES], help="one part")
+    parser.add_argument(
+        "--only", choices=["unpack_mask", *kernels.PARTS, *DTYPES, "seven_billion"], help="one part"
+    )
+    parser.add_argument("--quick", action="store_true", help="few sizes")
     # To try the program where there is no GPU: few short probes, and no figure that means anything.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--components", type=int, help=argparse.SUPPRESS)
@@ -55,7 +60,10 @@ def main(given: Sequence[str] | None = None) -> int:
         "machine": machine.describe() | gpu(device) | {"transformers": transformers.__version__},
         "trial": device.type != "cuda" or options.components is not None,
         "evaluator": {},
+        "kernels": {},
     }
+    if options.out.exists():
+        report |= json.loads(options.out.read_text()) | {name: report[name] for name in ("machine", "trial")}
     text = []
 
     def save(lines: list[str]) -> None:
@@ -68,14 +76,25 @@ def main(given: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and options.only in (None, "unpack_mask"):
         report["unpack_mask"] = unpacking.run()
         save(unpacking.lines(report["unpack_mask"]))
+    for name in kernels.PARTS:
+        if device.type == "cuda" and options.only in (None, name):
+            report["kernels"][name] = kernels.run(name, options.quick, partial(print, flush=True))
+            save([])
     for name in DTYPES:
         if options.only in (None, name):
             report["evaluator"][name] = evaluation.run(getattr(torch, name), device, options.components)
             save(evaluation.lines(name, report["evaluator"][name]))
+    if options.only in (None, "seven_billion"):
+        size = seven_billion.SMALL if report["trial"] else seven_billion.Size()
+        report["seven_billion"] = seven_billion.run(device, size)
+        save(seven_billion.lines(report["seven_billion"]))
     about = report["machine"]
     print(f"\n{about['gpu']}, torch {about['torch']}, {about['date']}", *text, sep="\n")
     wrong = [row["wrong"] for row in report.get("unpack_mask", {}).get("rows", []) if row["wrong"]]
+    wrong += [row["wrong"] for each in report["kernels"].values() for row in each["rows"] if row["wrong"]]
+    wrong += [each["certified"]["differing"] for each in report["kernels"].values() if "certified" in each]
     wrong += [each["sweep"]["beyond_floor"] for each in report["evaluator"].values()]
+    wrong += seven_billion.wrong(report.get("seven_billion", {}))
     return 1 if any(wrong) or any(each["base_diverges"] for each in report["evaluator"].values()) else 0
 
 

@@ -1,0 +1,53 @@
+"""Every kernel of a GPU beside its peers, with the machine's measured limits."""
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.cuda import contest, divergence_cases, linear_cases
+from benchmarks.cuda.graph_timing import Captured, medians
+
+PARTS: dict[str, Callable[[bool], Iterator[contest.Contest]]] = {
+    "int8_linear": linear_cases.int8_contests,
+    "masked_linear": linear_cases.masked_contests,
+    "bitmap_linear": linear_cases.bitmap_contests,
+    "token_divergence": divergence_cases.contests,
+}
+
+
+def bandwidths() -> dict[str, float]:
+    """Bytes in a second that torch's kernels reach: reading 2 GiB for their sum, and reading and writing as much."""
+    source, target = (torch.rand(2**29, device="cuda") for _ in range(2))
+    calls = {"read": partial(torch.sum, source), "read and write": partial(torch.neg, source, out=target)}
+    times = medians({name: Captured([call, call]) for name, call in calls.items()})
+    return {name: (source.nbytes * (1 + (name != "read"))) / each["median_s"] for name, each in times.items()}
+
+
+def product_limit() -> float:
+    """Operations in a second of a large bfloat16 product, as torch does it."""
+    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
+    return 2 * 8192**3 / medians({"product": Captured([partial(torch.mm, a, b)])})["product"]["median_s"]
+
+
+def run(name: str, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """One part of the table."""
+    torch.manual_seed(0)
+    rates = bandwidths()
+    limits = {f"{each} GB/s": rate / 1e9 for each, rate in rates.items()}
+    limits["bfloat16 product TFLOP/s"] = product_limit() / 1e12
+    say(", ".join(f"{each}: {limit:.0f}" for each, limit in limits.items()))
+    rows = []
+    for each in PARTS[name](quick):
+        rows.append(contest.run(each, max(rates.values())))
+        say(contest.line(rows[-1]))
+        del each
+        gc.collect()
+        torch.cuda.empty_cache()
+    report: dict[str, Any] = {"limits": limits, "rows": rows}
+    if name == "token_divergence":
+        report["certified"] = divergence_cases.certified(quick)
+        say(str(report["certified"]))
+    return report
