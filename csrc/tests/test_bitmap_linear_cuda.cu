@@ -146,6 +146,9 @@ int main() {
     // So many columns that every warp goes around its stages several times.
     check(random, stream, {16, 33, 11008, 0.5f, true, true});
     check(random, stream, {3, 16, 13824, 0.25f, true, false});
+    // So many rows that a block has several strips, also where it takes K in chunks.
+    check(random, stream, {16, 4500, 640, 0.25f, true, true});
+    check(random, stream, {9, 7001, 4300, 0.5f, false, true});
     check(random, stream, {0, 64, 64, 0.5f, true, true});
     check(random, stream, {4, 0, 64, 0.5f, true, true});
     expect(refuses({FloatType::kFloat32, nullptr, 8, nullptr, nullptr, nullptr, nullptr, 1, 1, 8, nullptr}),

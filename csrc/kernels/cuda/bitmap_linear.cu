@@ -135,11 +135,10 @@ __device__ __forceinline__ Places find_places(uint32_t bits) {
   return {upto - count, upto, __shfl_sync(0xffffffffu, upto, 31)};
 }
 
-// sum += the tile in a stage * tokens.
+// sum += the tile in a stage, whose bits of this lane are `pair`, * tokens.
 template <int kTokenTiles>
-__device__ __forceinline__ void multiply(float (&sum)[kTokenTiles][4], uint32_t stage, int lane,
+__device__ __forceinline__ void multiply(float (&sum)[kTokenTiles][4], uint32_t stage, uint2 pair,
                                          const uint4 (&x)[kTokenTiles][kParts]) {
-  const uint2 pair = load_words(stage + kBitsOffset + lane * 8);
   const uint32_t bits[2] = {pair.x, pair.y};
   const Places places[2] = {find_places(bits[0]), find_places(bits[1])};
   uint32_t base = stage;  // where the runs of an mma begin
@@ -189,44 +188,38 @@ struct Division {
   __device__ int end(int chunk) const { return begin(chunk, warp + 1); }
 };
 
-// The tiles that a warp reads, in their order: batches of strips, chunks of K, strips, tiles. Pointers go
-// along, as a multiplication for every tile would cost more than all else of a copy.
+// The tiles that a warp reads, in their order: batches of strips, chunks of K, strips, tiles.
 template <int kWarps>
 struct Walk {
   const Division<kWarps>& division;
-  const int64_t* begins;
-  const uint32_t* bits;  // of this lane
+  unsigned index;  // of the next tile in the weight
   int last_strip, batch, batch_end, chunk, tiles, tiles_left, strips_left;
 
-  __device__ Walk(const Division<kWarps>& division_, const BitmapLinear& args, int lane, int first, int last)
-      : division(division_), begins(args.begins), bits(args.bits + 2 * lane), last_strip(last) {
-    if (first < last) step(division.tiles * int64_t{first});
+  __device__ Walk(const Division<kWarps>& division_, int first, int last)
+      : division(division_),
+        index(static_cast<unsigned>(first) * division_.tiles + division_.begin(0)),
+        last_strip(last) {
     begin_batch(first);
-    step(division.begin(0));
     begin_chunk(0);
     if (tiles == 0) strips_left = 0;  // then so in every chunk, as there is only one
   }
   __device__ bool more() const { return strips_left > 0; }
   __device__ void next() {
-    step(1);
+    ++index;
     if (--tiles_left > 0) return;
     tiles_left = tiles;
-    step(division.tiles - tiles);
+    index += division.tiles - tiles;
     if (--strips_left > 0 || division.chunks == 1) return;
     // Back to the first strip of the batch or on to the next batch.
-    const int64_t from = division.begin(chunk);
+    index -= division.begin(chunk);
     if (chunk + 1 < division.chunks) {
-      step(int64_t{division.tiles} * (batch - batch_end) + division.begin(chunk + 1) - from);
       begin_chunk(chunk + 1);
+      index -= strips_left * division.tiles;
     } else if (batch_end < last_strip) {
-      step(division.begin(0) - from);
       begin_batch(batch_end);
       begin_chunk(0);
     }
-  }
-  __device__ void step(int64_t count) {
-    begins += count;
-    bits += count * kTileBits;
+    index += division.begin(chunk);
   }
   __device__ void begin_batch(int first) {
     batch = first;
@@ -252,14 +245,15 @@ __global__ void __launch_bounds__(S::kThreads, 1) bitmap_linear_kernel(BitmapLin
 
   // Copies run ahead of the products over the ends of strips. Where the values of the next tile to copy begin
   // and end is asked for one tile ahead, not to be waited for.
-  Walk<kWarps> walk(division, args, lane, first, last);
+  Walk<kWarps> walk(division, first, last);
   int64_t from = 0, to = 0;
   const auto ask = [&] {
     if (!walk.more()) return;
-    from = walk.begins[0];
-    to = walk.begins[1];
+    from = args.begins[uint64_t{walk.index}];
+    to = args.begins[uint64_t{walk.index} + 1];
   };
   ask();
+  const uint32_t* const bits = args.bits + 2 * lane;
   const uint16_t* const values = static_cast<const uint16_t*>(args.values) + lane * kAlign;
   const auto copy = [&](uint32_t stage) {
     if (walk.more()) {
@@ -267,7 +261,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) bitmap_linear_kernel(BitmapLin
       pin(source);
       const uint32_t target = stage + lane * 2 * kAlign;
       const int pieces = (static_cast<int>(to - from) >> 3) - lane;  // of kAlign values
-      copy8(stage + kBitsOffset + lane * 8, walk.bits);
+      copy8(stage + kBitsOffset + lane * 8, bits + uint64_t{walk.index} * kTileBits);
 #pragma unroll
       for (int i = 0; i < kTileValues / kAlign / 32; ++i) {
         if (i == 4 && pieces <= 4 * 32) break;
@@ -324,9 +318,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) bitmap_linear_kernel(BitmapLin
           if (begin + k >= end) break;
           wait_for_copies<kStages - 2>();
           __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled next
+          const uint2 pair = load_words(stage + kBitsOffset + lane * 8);  // on its way during the copies
           copy(filled);
           filled = stage;
-          multiply<kTokenTiles>(sum, stage, lane, x[k]);
+          multiply<kTokenTiles>(sum, stage, pair, x[k]);
           stage = stage + kStageBytes == stages + kStages * kStageBytes ? stages : stage + kStageBytes;
         }
         const unsigned index = strip - batch;
