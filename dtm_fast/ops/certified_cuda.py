@@ -1,4 +1,4 @@
-"""What a certificate's nearest tokens decide on a GPU, where to launch and to wait costs more than to compute.
+"""The stages of a certificate on a GPU, where to launch and to wait costs more than to compute.
 
 One pass counts the threats of all positions and how many positions and tokens there are to compare; that is read
 once, and sizes all that follows. A position with many threats would burden those with few, so that there are classes
@@ -72,18 +72,18 @@ def classes_of(kept: int) -> int:
     return 0 if kept == 0 else max((kept - 1).bit_length() - 1, 0) // 4 + 1
 
 
-def nearest_mismatch(
+def decided(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
     reference: torch.Tensor,
     certificate: Certificate,
     mismatch_of: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """What certified_mismatch finds without looking at all tokens, with its arguments.
+) -> tuple[torch.Tensor, list[int]]:
+    """certified_mismatch, with its arguments, but for the int8 screen.
 
     Returns:
-        mismatch bool [P], which says nothing yet of positions with more than K threats; threats int64 [P]; and how
-        many positions have 0, 1, … K + 1 threats, where K is the number of nearest tokens.
+        mismatch bool [P], and how many positions have 0, 1, … K + 1 threats, where K is the number of nearest tokens;
+        those with K + 1 were decided by the full head.
     """
     (positions, kept), vocabulary, device = certificate.nearest.shape, len(lm_head), hidden.device
     reference = reference.contiguous()
@@ -103,6 +103,12 @@ def nearest_mismatch(
     numbers = counts[:begin].tolist()  # here it waits
     histogram = numbers[: kept + 2]
     histogram[0] = positions - sum(histogram)
+    most = histogram[kept + 1]
+    if most:
+        # First: it takes the device longest, and the host prepares the rest meanwhile. A look at the vocabulary in int8
+        # would read half as much, in many more steps. topk, as the number is known, and nonzero would wait.
+        left = threats.topk(most).indices
+        mismatch[left] = mismatch_of(hidden.index_select(0, left), lm_head, reference.index_select(0, left))
     for group in groups(histogram, numbers[kept + 2 :], kept):
         tokens = min(group.tokens, vocabulary)
         bits = counts.data_ptr() + (begin + group.first * words) * counts.element_size()
@@ -112,7 +118,7 @@ def nearest_mismatch(
             mismatch[some] = mismatch_of(rows, lm_head.index_select(0, ids), among)
         else:  # as cheap, and no copy of most of lm_head
             mismatch[some] = mismatch_of(rows, lm_head, reference.index_select(0, some))
-    return mismatch, threats, histogram
+    return mismatch, histogram
 
 
 def _select(

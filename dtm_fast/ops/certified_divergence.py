@@ -44,13 +44,10 @@ def certified_mismatch(
         backend: that of mismatch_of; "cpu" and "cuda" have kernels for the first stages too.
     """
     if backend == "cuda":
-        mismatch, threats, settled = _by_radius_and_nearest_cuda(
-            hidden, lm_head, reference, certificate, mismatch_of
-        )
-    else:
-        mismatch, threats, settled = _by_radius_and_nearest(
-            hidden, lm_head, reference, certificate, mismatch_of, native_code=backend == "cpu"
-        )
+        return _on_gpu(hidden, lm_head, reference, certificate, mismatch_of)
+    mismatch, threats, settled = _by_radius_and_nearest(
+        hidden, lm_head, reference, certificate, mismatch_of, native_code=backend == "cpu"
+    )
     if sum(settled.values()) == len(reference):
         return mismatch, {**settled, "int8 screen": 0, "full head": 0}
 
@@ -128,19 +125,17 @@ def _by_radius_and_nearest(
     return mismatch, threats, settled
 
 
-def _by_radius_and_nearest_cuda(
+def _on_gpu(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
     reference: torch.Tensor,
     certificate: Certificate,
     mismatch_of: Mismatch,
-) -> _Early:
-    mismatch, threats, histogram = certified_cuda.nearest_mismatch(
-        hidden, lm_head, reference, certificate, mismatch_of
-    )
+) -> tuple[torch.Tensor, dict[str, int]]:
+    mismatch, histogram = certified_cuda.decided(hidden, lm_head, reference, certificate, mismatch_of)
     settled, proved = {"radius": histogram[0]}, 0
     for k in certificate.k:
         most = min(k, certificate.nearest.shape[1])
         settled[f"nearest {k}"] = sum(histogram[proved + 1 : most + 1])
         proved = most
-    return mismatch, threats, settled
+    return mismatch, {**settled, "int8 screen": 0, "full head": histogram[-1]}

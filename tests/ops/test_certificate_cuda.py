@@ -182,4 +182,4 @@ def test_the_common_case_waits_once(kernels: torch.device) -> None:
     names = [event.name for event in profile.events()]
     waits = [each for each in names if each in ("aten::nonzero", "aten::item", "aten::_local_scalar_dense")]
     assert waits == []
-    assert sum(name.startswith("aten::") for name in names) < 80
+    assert sum(name.startswith("aten::") for name in names) <= 90  # with what each is made of
