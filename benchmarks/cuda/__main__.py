@@ -46,9 +46,14 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument(
-        "--only", choices=["unpack_mask", *kernels.PARTS, *DTYPES, "seven_billion"], help="one part"
+        "--only",
+        choices=["unpack_mask", "kernels", *kernels.PARTS, *DTYPES, "seven_billion"],
+        help="one part",
     )
     parser.add_argument("--quick", action="store_true", help="few sizes")
+    parser.add_argument(
+        "--seconds", type=float, default=seven_billion.SECONDS, help="of seven_billion, about"
+    )
     # To try the program where there is no GPU: few short probes, and no figure that means anything.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--components", type=int, help=argparse.SUPPRESS)
@@ -77,16 +82,25 @@ def main(given: Sequence[str] | None = None) -> int:
         report["unpack_mask"] = unpacking.run()
         save(unpacking.lines(report["unpack_mask"]))
     for name in kernels.PARTS:
-        if device.type == "cuda" and options.only in (None, name):
-            report["kernels"][name] = kernels.run(name, options.quick, partial(print, flush=True))
-            save([])
+        if device.type == "cuda" and options.only in (None, "kernels", name):
+
+            def keep_part(found: dict[str, Any], name: str = name) -> None:
+                report["kernels"][name] = found
+                save([])
+
+            kernels.run(name, options.quick, partial(print, flush=True), keep_part)
     for name in DTYPES:
         if options.only in (None, name):
             report["evaluator"][name] = evaluation.run(getattr(torch, name), device, options.components)
             save(evaluation.lines(name, report["evaluator"][name]))
     if options.only in (None, "seven_billion"):
         size = seven_billion.SMALL if report["trial"] else seven_billion.Size()
-        report["seven_billion"] = seven_billion.run(device, size)
+
+        def keep(found: dict[str, Any]) -> None:
+            report["seven_billion"] = found
+            save([f"{found['seconds']:.0f} s"])
+
+        seven_billion.run(device, size, options.seconds, keep)
         save(seven_billion.lines(report["seven_billion"]))
     about = report["machine"]
     print(f"\n{about['gpu']}, torch {about['torch']}, {about['date']}", *text, sep="\n")

@@ -32,22 +32,23 @@ def product_limit() -> float:
     return 2 * 8192**3 / medians({"product": Captured([partial(torch.mm, a, b)])})["product"]["median_s"]
 
 
-def run(name: str, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """One part of the table."""
+def run(name: str, quick: bool, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> None:
+    """One part of the table; keep is called with what is there after each row."""
     torch.manual_seed(0)
     rates = bandwidths()
     limits = {f"{each} GB/s": rate / 1e9 for each, rate in rates.items()}
     limits["bfloat16 product TFLOP/s"] = product_limit() / 1e12
     say(", ".join(f"{each}: {limit:.0f}" for each, limit in limits.items()))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"limits": limits, "rows": rows}
     for each in PARTS[name](quick):
         rows.append(contest.run(each, max(rates.values())))
         say(contest.line(rows[-1]))
+        keep(report)
         del each
         gc.collect()
         torch.cuda.empty_cache()
-    report: dict[str, Any] = {"limits": limits, "rows": rows}
     if name == "token_divergence":
         report["certified"] = divergence_cases.certified(quick)
         say(str(report["certified"]))
-    return report
+        keep(report)

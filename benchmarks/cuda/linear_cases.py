@@ -192,21 +192,21 @@ def bitmap_contest(rows: int, density: float, columns: int, depth: int) -> Conte
 
 
 def int8_contests(quick: bool) -> Iterator[Contest]:
-    for rows in FEW + MANY:
-        for shape in SEVEN[1::2] if quick else SEVEN + THIRTEEN:
+    for shape in SEVEN[1::2] if quick else SEVEN + THIRTEEN:
+        for rows in FEW + MANY:
             yield int8_contest(rows, *shape, compiled=shape in COMPILED and not quick)
 
 
 def masked_contests(quick: bool) -> Iterator[Contest]:
-    for rows in FEW + MANY:
-        for shape in SEVEN[1::2] if quick else SEVEN:
-            yield masked_contest(rows, 1, *shape)
     for rows in (FEW[-1], MANY[0]):
         yield masked_contest(rows, SEVERAL, *SEVEN[3])
+    for shape in SEVEN[1::2] if quick else SEVEN:
+        for rows in FEW + MANY:
+            yield masked_contest(rows, 1, *shape)
 
 
 def bitmap_contests(quick: bool) -> Iterator[Contest]:
-    for rows in FEW:
+    for shape in SEVEN[1::2] if quick else SEVEN:
         for density in DENSITIES:
-            for shape in SEVEN[1::2] if quick else SEVEN:
+            for rows in FEW:
                 yield bitmap_contest(rows, density, *shape)

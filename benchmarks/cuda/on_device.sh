@@ -62,22 +62,30 @@ test_() {
     tests/measure/test_tensor_store.py tests/compression/test_treatments_cuda.py
 }
 
-# The plain programs first: what is wrong without a sanitizer is said at once.
+# The plain programs first: what is wrong without a sanitizer is said at once. Then a part of the sizes under each tool,
+# all at the same time.
 sanitize() {
-  local failed=0 found=() program tool
+  local failed=0 program tool log
   for program in build/device/test_*_cuda; do
     timeout 100 "$program" || failed=1
   done
+  rm -rf build/sanitizer && mkdir -p build/sanitizer
   for tool in "memcheck --leak-check full" racecheck synccheck; do
     for program in build/device/test_*_cuda; do
-      # shellcheck disable=SC2086  # a tool with its options
-      DTM_FAST_EXACT_BUFFERS=1 timeout 60 compute-sanitizer --tool $tool --error-exitcode 9 "$program" 2>&1 | tail -n 12
-      local status=${PIPESTATUS[0]}
-      found+=("${program#*test_} ${tool%% *}: $status")
-      [ "$status" = 0 ] || failed=1
+      log=build/sanitizer/${tool%% *}-${program##*/test_}
+      (
+        # shellcheck disable=SC2086  # a tool with its options
+        DTM_FAST_EXACT_BUFFERS=1 DTM_FAST_EVERY=${SANITIZE_EVERY:-6} timeout "${SANITIZE_SECONDS:-90}" \
+          compute-sanitizer --tool $tool --error-exitcode 9 "$program" >"$log" 2>&1
+        echo "exit $?" >>"$log"
+      ) &
     done
   done
-  printf '%s\n' "${found[@]}"
+  wait
+  for log in build/sanitizer/*; do
+    echo "${log##*/}: $(grep -E "ERROR SUMMARY|RACECHECK SUMMARY|LEAK SUMMARY|sizes," "$log" | tr '\n' ' ') $(tail -n 1 "$log")"
+    [ "$(tail -n 1 "$log")" = "exit 0" ] || { failed=1 && tail -n 20 "$log"; }
+  done
   return $failed
 }
 

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from dtm_fast.measure.racing import By, fdt75, name_of
 INT8 = dtm.Int8()
 BEST = 10  # of a beam search's step
 EVERY = 16  # components that the loop measures: one of so many, over all depths and kinds
-SECONDS, SECONDS_OF_PLAIN = 115.0, 100.0  # no stage begins later
+SECONDS = 140.0  # no stage begins that is not expected to end by then
 # The paper's beam search over 150 of 224 components, width 10, 1,000 probes of 100 + 100 tokens (papers.md, 1.8).
 EVALUATIONS, PAPER_PROBES = 224_250, 1000
 GOALS = {"sweep": 5.0, "race": 15.0}
+
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ SMALL = Size(layers=4, hidden=256, intermediate=512, heads=4, vocabulary=1000, p
 class Bench:
     """One model with its probes and evaluator."""
 
-    def __init__(self, model: PreTrainedModel, size: Size, device: torch.device, began: float) -> None:
-        self.size, self.device, self.began = size, device, began
+    def __init__(self, model: PreTrainedModel, size: Size, device: torch.device, end: float) -> None:
+        self.size, self.device, self.end = size, device, end
         self.skipped: list[str] = []
         draw = torch.Generator().manual_seed(1)
         prefixes = torch.randint(3, size.vocabulary, (size.probes, size.length), generator=draw)
@@ -82,12 +85,20 @@ class Bench:
         memory, started = Memory(device), self._now()
         self.evaluator = dtm.Evaluator(model, self.probes, layers="torch")
         self.build_seconds, self.base_mib = self._now() - started, memory.held()
+        print(f"probes in {self.probe_seconds:.1f} s, evaluator in {self.build_seconds:.1f} s", flush=True)
         self.decoder = self.evaluator.decoder
         self.paths = list(self.decoder.components)
         self.sample = [{path: INT8} for path in self.paths[::EVERY]]
-        for configuration in self.sample[:1]:  # the first runs are slower
-            self.loop([configuration])
-            self.evaluator.measure([configuration], ())
+        for _ in range(2):  # the first runs are slower
+            self.loop(self.sample[:1])
+            started = self._now()
+            self.evaluator.measure(self.sample[:1], ())
+            first = self._now() - started
+        # All components, unless that would take too long: then one of several, over all depths and kinds. One of the
+        # first layer costs twice the mean.
+        left = self.end - time.perf_counter()
+        step = next((each for each in (1, 2, 3, 5) if first / 2 * len(self.paths) / each < left / 3), 5)
+        self.swept = [path for at, path in enumerate(self.paths) if at % step == 0 or at % EVERY == 0]
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -103,7 +114,7 @@ class Bench:
         """The sweep, of all components or those of the sample, between the two halves of the loop."""
         half = len(self.sample) // 2
         fdts, before = self.loop(self.sample[:half])
-        configurations = [{path: INT8} for path in self.paths] if everything else self.sample
+        configurations = [{path: INT8} for path in self.swept] if everything else self.sample
         memory, started = Memory(self.device), self._now()
         found = self.evaluator.measure(configurations, ())
         seconds, peak = (self._now() - started) / len(found), memory.peak()
@@ -157,7 +168,7 @@ class Bench:
 
     def race(self, loop: float, error: float, by: By) -> dict[str, Any]:
         """The best ten of all, and how many of them are those of the sweep."""
-        candidates: list[Configuration] = [{path: INT8} for path in self.paths]
+        candidates: list[Configuration] = [{path: INT8} for path in self.swept]
         started = self._now()
         race = self.evaluator.best(candidates, BEST, error=error, by=by)
         seconds = (self._now() - started) / len(candidates)
@@ -181,15 +192,15 @@ class Bench:
             ),
         }
 
-    def staged(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """What a stage gives, or None where time is up."""
-        if time.perf_counter() - self.began > SECONDS_OF_PLAIN:
+    def staged(self, name: str, seconds: float, stage: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What a stage gives, or None where it would take too long."""
+        if time.perf_counter() + seconds > self.end:
             self.skipped.append(name)
             return None
         return stage()
 
-    def results(self, everything: bool) -> dict[str, Any]:
-        """All stages, the most important first."""
+    def results(self, everything: bool, keep: Keep) -> None:
+        """All stages, the most important first; what is there is kept after each."""
         sweep = self.compared(everything)
         floor = self.evaluator.floor
         found: dict[str, Any] = {
@@ -202,21 +213,22 @@ class Bench:
             "margins_below_a_sixteenth": float((self.probes.margins < 1 / 16).double().mean()),
             "floor": {"margin": floor.margin, "divergent": floor.divergent, "positions": floor.positions},
             "sweep": sweep,
+            "races": [],
+            "early_exit": None,
+            "skipped": self.skipped,
         }
-        loop = sweep["loop_seconds"]
-        if everything:
-            races: tuple[tuple[float, By], ...] = ((0.0, "fdt75+mean"), (0.0, "fdt75"), (0.05, "fdt75"))
-            found["races"] = [
-                each
-                for error, by in races
-                if (
-                    each := self.staged(
-                        f"race by {by}, error {error}", lambda e=error, b=by: self.race(loop, e, b)
-                    )
-                )
-            ]
-        found["early_exit"] = self.staged("early exit", self.in_one_part)
-        return found | {"skipped": self.skipped}
+        keep(found)
+        loop, each = sweep["loop_seconds"], sweep["seconds"]
+        races: tuple[tuple[float, By], ...] = ((0.0, "fdt75+mean"), (0.0, "fdt75"), (0.05, "fdt75"))
+        for error, by in races if everything else ():
+            # A race that drops nothing costs what the sweep does, and a little more.
+            expected = 1.2 * each * len(self.swept)
+            name = f"race by {by}, error {error}"
+            race = self.staged(name, expected, lambda error=error, by=by: self.race(loop, error, by))
+            found["races"] += [] if race is None else [race]
+            keep(found)
+        found["early_exit"] = self.staged("early exit", 4 * each * len(self.sample), self.in_one_part)
+        keep(found)
 
 
 @torch.no_grad()
@@ -250,19 +262,32 @@ def peak(model: PreTrainedModel, size: Size) -> float:
     return share
 
 
-def run(device: torch.device, size: Size = Size()) -> dict[str, Any]:
-    """Both models."""
+def run(
+    device: torch.device, size: Size = Size(), seconds: float = SECONDS, keep: Keep = lambda found: None
+) -> dict[str, Any]:
+    """Both models; keep is called with what is there after each stage."""
     began = time.perf_counter()
     model = size.model(device)
     found: dict[str, Any] = {"size": vars(size), "model_seconds": time.perf_counter() - began}
-    bench = Bench(model, size, device, began)
-    found["plain"] = bench.results(everything=True)
-    if time.perf_counter() - began < SECONDS:
+
+    def kept(kind: str, result: dict[str, Any]) -> None:
+        found[kind] = result
+        found["beam"] = beam(size, found["plain"])
+        found["seconds"] = time.perf_counter() - began
+        keep(found)
+
+    bench = Bench(model, size, device, began + seconds)
+    bench.results(True, partial(kept, "plain"))
+    needed = (
+        bench.build_seconds
+        + bench.probe_seconds
+        + 3 * sum(bench.loop(bench.sample[:1])[1]) * len(bench.sample)
+    )
+    if time.perf_counter() + needed < began + seconds:
         del bench  # its states
         share = peak(model, size)
-        found["peaked"] = Bench(model, size, device, began).results(everything=False) | {"share": share}
-    found["beam"] = beam(size, found["plain"])
-    found["seconds"] = time.perf_counter() - began
+        peaked = Bench(model, size, device, began + seconds)
+        peaked.results(False, lambda result: kept("peaked", result | {"share": share}))
     return found
 
 

@@ -41,6 +41,15 @@ __attribute__((format(printf, 2, 3))) inline void expect(bool right, const char*
   va_end(rest);
 }
 
+// Whether a size is left out: with DTM_FAST_EVERY=n only every n-th runs, for a sanitizer that slows all
+// down.
+inline bool left_out() {
+  static const char* const asked = std::getenv("DTM_FAST_EVERY");
+  static const long every = asked == nullptr ? 1 : std::atol(asked);
+  static long count = 0;
+  return every > 1 && count++ % every != 0;
+}
+
 // The last line of main: `return finish();`.
 inline int finish() {
   require(cudaDeviceReset(), "cudaDeviceReset");  // so that memcheck's search for leaks sees all

@@ -128,6 +128,7 @@ double log_sum_exp(const std::vector<double>& logits, double largest) {
 
 template <typename T>
 void check_sums(const Case<T>& each, bool integers) {
+  if (left_out()) return;
   std::vector<std::vector<double>> logits;
   for (int64_t t = 0; t < each.T_; ++t) logits.push_back(each.logits(t));
   each.for_each_kernel([&](int kernel, const Found& found) {
