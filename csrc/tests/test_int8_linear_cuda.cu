@@ -189,6 +189,16 @@ int main() {
     check_linear<uint16_t>(random, stream, {16, 11000, 1040, true, true});
     check_linear<float>(random, stream, {7, 300, 11008, true, true});
     check_linear<uint16_t>(random, stream, {1, 3, (1 << 17) - 1, true, true});
+    // Rows that a block quantizes for itself, by teams of 8, 4, 2 warps and one, and chunks of K.
+    check_linear<uint16_t>(random, stream, {1, 2200, 11008, true, true});
+    check_linear<float>(random, stream, {1, 300, 8192, true, true});
+    check_linear<uint16_t>(random, stream, {2, 1200, 4096, true, true});
+    check_linear<uint16_t>(random, stream, {3, 300, 4096, true, false});
+    check_linear<uint16_t>(random, stream, {4, 1200, 4096, true, true});
+    check_linear<float>(random, stream, {8, 300, 1024, true, true});
+    check_linear<uint16_t>(random, stream, {6, 300, 2048, true, true});
+    check_linear<uint16_t>(random, stream, {16, 3300, 11008, true, true});
+    check_linear<float>(random, stream, {9, 100, 40000, true, true});
     check_linear<uint16_t>(random, stream, {0, 64, 64, true, true});
     check_linear<uint16_t>(random, stream, {4, 0, 64, true, true});
   }

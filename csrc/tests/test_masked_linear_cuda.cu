@@ -245,6 +245,10 @@ void check_all() {
     Case<T>({3, 16, 1300, 4096}, Layout::kAligned, Contents::kFloats, false).check();
     Case<T>({8, 5, 1100, 4096}, Layout::kAligned, Contents::kIntegers, true).check();
     Case<T>({1, 3, 300, 11008}, Layout::kAligned, Contents::kSpecial, true).check();
+    // Chunks of K, as one tile of rows for a block, and as two.
+    Case<T>({1, 16, 300, 11008}, Layout::kAligned, Contents::kSpecial, true).check();
+    Case<T>({1, 16, 2200, 11008}, Layout::kAligned, Contents::kFloats, true).check();
+    Case<T>({3, 9, 50, 14336}, Layout::kAligned, Contents::kIntegers, true).check();
   }
   for (const Shape& empty : {Shape{0, 3, 5, 8}, Shape{2, 0, 5, 8}, Shape{2, 3, 0, 8}})
     Case<T>(empty, Layout::kContiguous, Contents::kIntegers, false).check();
@@ -257,6 +261,8 @@ void check_all() {
   few.check_invariance(CudaKernel::kFewTokensStream, {1, 2, 8, 16});
   Case<T> deep({8, 16, 70, 4096}, Layout::kAligned, Contents::kFloats, true);
   deep.check_invariance(CudaKernel::kFewTokensStream, {1, 8, 9, 16});
+  Case<T> deeper({8, 16, 70, 11008}, Layout::kAligned, Contents::kFloats, true);
+  deeper.check_invariance(CudaKernel::kFewTokensStream, {1, 8, 9, 16});
 }
 
 void check_refusal() {

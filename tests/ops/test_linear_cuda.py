@@ -1,5 +1,6 @@
 """The CUDA kernels of the linear layers against their twins, each kernel by itself, and what every one promises."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -147,6 +148,28 @@ def test_masked_linear_of_several_masks_to_the_bit(cuda, shape, masks, dtype):
     for kernel in masked_kernels(rows, depth, dtype):
         found = masked_linear_cuda(x, weight, mask, bias, kernel)
         assert torch.equal(found, expected.to(dtype)), kernel
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_sizes_and_strides(cuda, seed):
+    draw = random.Random(seed)
+    rows = draw.choice([draw.randint(1, 16), draw.randint(17, 700)])
+    columns, depth = draw.randint(1, 1500), draw.choice([draw.randint(1, 3000), 16 * draw.randint(1, 200)])
+    extra = draw.choice([0, 16, draw.randint(1, 40)])
+    dtype = draw.choice(DTYPES)
+    x = torch.randint(-1, 2, (rows, depth + extra), device=cuda).to(dtype)[:, :depth]
+    weight = torch.randint(-1, 2, (columns, depth + extra), device=cuda).to(dtype)[:, :depth]
+    kept = torch.rand(columns, depth, device=cuda) < draw.random()
+    mask = ops.pack_mask(kept)
+    expected = F.linear(x.double(), torch.where(kept, weight, 0).double()).to(dtype)
+    kernels = ["best", "mma"] if extra % 16 else masked_kernels(rows, depth, dtype)
+    for kernel in kernels:
+        assert torch.equal(masked_linear_cuda(x, weight, mask, None, kernel), expected), kernel
+    wide, qweight, scale = int8_inputs(rows, columns, depth + extra, dtype, cuda)
+    x, qweight = wide[:, :depth], qweight[:, :depth]
+    right = int8_linear_reference(x, qweight, scale, None)
+    for kernel in ["best", "mma"] if extra % 16 else int8_kernels(rows, depth):
+        assert torch.equal(int8_linear_cuda(x, qweight, scale, None, kernel), right), kernel
 
 
 @pytest.mark.parametrize("kernel", ["few_tokens", "few_tokens_stream", "mma", "hopper"])

@@ -19,18 +19,13 @@ using namespace few_tokens;
 constexpr int kTileColumns = 128;
 constexpr int kTileValues = kRowTile * kTileColumns;
 constexpr int kTileBits = kTileValues / 32;  // words
+constexpr int kStageBytes = kTileValues * 2;
 // Of 32 columns: 16 bytes of a token for each of four lanes, two mma.
 constexpr int kParts = kTileColumns / 32;
 constexpr int kAlign = 8;  // a tile's values begin at a multiple: 16 bytes
-// A stage: the values of a tile, then its bits.
-constexpr int kBitsOffset = kTileValues * 2;
-constexpr int kStageBytes = kBitsOffset + kTileBits * 4;
 // A warp takes so many tiles of a strip of 16 rows at once: it keeps their columns of the tokens in
 // registers, for all strips of its block.
 constexpr int kTiles = 2;
-// If the warps of a block together do not cover K, they take a chunk of it after the other, and so many
-// strips at once, whose sums wait in shared memory.
-constexpr int kBatch = 2;
 
 // kTokenTiles: tiles of 8 tokens. kStages: tiles of a warp in shared memory, one in use, the others on their
 // way.
@@ -38,15 +33,19 @@ template <int kTokenTiles_, int kWarps_, int kStages_>
 struct Shape {
   static constexpr int kTokenTiles = kTokenTiles_, kWarps = kWarps_, kStages = kStages_;
   static constexpr int kThreads = 32 * kWarps;
-  // Strips whose sums are added up together: each time, the warps wait for each other.
-  static constexpr int kGroup = 2 / kTokenTiles;
-  static constexpr int kTokens = kTokenTile * kTokenTiles;
-  static constexpr int kOutputs = kGroup * kTokens * kRowTile;
-  static constexpr int kWarpSums = kGroup * kTokens * kSumStride<kRowTile>;
-  static constexpr int kStagesOffset = 4 * (kWarps * kWarpSums + kBatch / kGroup * kOutputs);
+  // Warps wait for each other only when the sums of so many strips times tokens are there: one for a thread.
+  static constexpr int kHeld = kThreads / kRowTile;
+  static constexpr int kWarpSums = kThreads;
+  static constexpr int kStagesOffset = 4 * kWarps * kWarpSums;
   static constexpr int kSharedBytes = kStagesOffset + kWarps * kStages * kStageBytes;
-  static_assert(kOutputs <= kThreads, "a thread adds up one output");
+  static_assert(kHeld >= kMostBitmapTokens, "one strip of all tokens");
 };
+
+// Where the sum of a row is, of that of a warp's strips times tokens: lanes that put their fragments of mma
+// there meet 32 banks, and so do those that read rows.
+__device__ __forceinline__ int sum_place(int held, int row) {
+  return (held * kRowTile + row) ^ (held / 2 % 4 * 8);
+}
 
 // Shared memory by its 32-bit addresses: the loop has no instructions to spare.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -54,9 +53,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 __device__ __forceinline__ void copy16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy8(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -69,9 +65,12 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(address), "n"(kOffset));
   return word;
 }
-__device__ __forceinline__ uint2 load_words(uint32_t address) {
+// volatile, to stay far ahead of its use.
+__device__ __forceinline__ uint2 load_bits(const uint32_t* from) {
   uint2 words;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(address));
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "l"(from));
   return words;
 }
 // Not __byte_perm, which clears the highest bit of every selector.
@@ -85,6 +84,12 @@ __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_
   uint32_t sum;
   asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
   return sum;
+}
+// value >> 16 by the multipliers, which have less to do than what shifts, permutes and masks.
+__device__ __forceinline__ uint32_t high_half(uint32_t value) {
+  uint32_t half;
+  asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(half) : "r"(value), "r"(0x0100), "r"(0));
+  return half;
 }
 // So the compiler computes it once and does not repeat its terms in every address.
 __device__ __forceinline__ void pin(const uint16_t*& pointer) { asm volatile("" : "+l"(pointer)); }
@@ -114,44 +119,63 @@ __device__ __forceinline__ void expand(uint32_t& first, uint32_t& second, uint32
   const uint32_t selectors = permute(kLow, kHigh, 0x1111u * 0x2221u - dropped * 0x2221u);
   if (dropped != 0) far &= kBack ? 0xffff0000u : 0x0000ffffu;
   first = permute(near, 0, selectors);  // of these two, no value is in `far`
-  second = permute(near, far, selectors >> 16);
+  second = permute(near, far, high_half(selectors));
 }
 
 // How many words the runs of four mma have, a byte each: in the lanes before this one, in those and this one,
-// in all lanes (at most 128).
+// in all lanes (at most 128). They are found in steps, between those of other work, which hide the time that
+// the shuffles take.
 struct Places {
+  static constexpr int kSteps = 7;
   uint32_t before, upto, all;
+
+  // Bit 4 element + mma of `bits`.
+  __device__ __forceinline__ void step(int i, uint32_t bits) {
+    if (i == 0) {
+      before = __popc(bits & 0x88888888u);
+#pragma unroll
+      for (int mma = 2; mma >= 0; --mma)
+        before = multiply_add(before, 256, __popc(bits & (0x11111111u << mma)));
+      upto = before = ((before + 0x01010101u) >> 1) & 0x07070707u;
+    } else if (i < 6) {
+      add_from_below(upto, 1 << (i - 1));
+    } else if (i == 6) {
+      before = upto - before;
+      all = __shfl_sync(0xffffffffu, upto, 31);
+    }
+  }
+};
+struct TilePlaces {
+  Places words[2];
+
+  __device__ __forceinline__ void step(int i, uint2 bits) {
+    words[0].step(i, bits.x);
+    words[1].step(i, bits.y);
+  }
 };
 
-// Bit 4 element + mma of `bits`.
-__device__ __forceinline__ Places find_places(uint32_t bits) {
-  uint32_t count = __popc(bits & 0x88888888u);
-#pragma unroll
-  for (int i = 2; i >= 0; --i) count = multiply_add(count, 256, __popc(bits & (0x11111111u << i)));
-  count = ((count + 0x01010101u) >> 1) & 0x07070707u;
-  uint32_t upto = count;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) add_from_below(upto, distance);
-  return {upto - count, upto, __shfl_sync(0xffffffffu, upto, 31)};
-}
-
-// sum += the tile in a stage, whose bits of this lane are `pair`, * tokens.
+// sum += the tile in a stage, whose bits of this lane are `pair`, * tokens. Meanwhile finds the places of the
+// next tile.
 template <int kTokenTiles>
 __device__ __forceinline__ void multiply(float (&sum)[kTokenTiles][4], uint32_t stage, uint2 pair,
-                                         const uint4 (&x)[kTokenTiles][kParts]) {
-  const uint32_t bits[2] = {pair.x, pair.y};
-  const Places places[2] = {find_places(bits[0]), find_places(bits[1])};
+                                         const TilePlaces& places, const uint4 (&x)[kTokenTiles][kParts],
+                                         uint2 next_pair, TilePlaces& next) {
+  constexpr int kMma = 2 * kParts;
+  static_assert(kMma >= Places::kSteps, "one after each product");
+  const uint32_t dropped[2] = {~pair.x, ~pair.y};
   uint32_t base = stage;  // where the runs of an mma begin
 #pragma unroll
-  for (int j = 0; j < 2 * kParts; ++j) {
-    const Places& four = places[j / 4];
+  for (int j = 0; j < kMma; ++j) {
+    const Places& four = places.words[j / 4];
     const uint32_t bytes = 4u << (j % 4 * 8);  // of a word, where dp4a finds the count
     const uint32_t begin = __dp4a(four.before, bytes, base), end = __dp4a(four.upto, bytes, base);
     base = __dp4a(four.all, bytes, base);
-    const uint32_t dropped = ~bits[j / 4];
+    const uint32_t kept[4] = {load_word<0>(begin), load_word<4>(begin), load_word<-4>(end),
+                              load_word<-8>(end)};
+    next.step(j, next_pair);
     uint32_t w[4];
-    expand<false>(w[0], w[1], load_word<0>(begin), load_word<4>(begin), (dropped >> (j % 4)) & 0x1111u);
-    expand<true>(w[2], w[3], load_word<-4>(end), load_word<-8>(end), (dropped >> (16 + j % 4)) & 0x1111u);
+    expand<false>(w[0], w[1], kept[0], kept[1], (dropped[j / 4] >> (j % 4)) & 0x1111u);
+    expand<true>(w[2], w[3], kept[2], kept[3], (dropped[j / 4] >> (16 + j % 4)) & 0x1111u);
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
       const uint4& pairs = x[i][j / 2];
@@ -193,12 +217,13 @@ template <int kWarps>
 struct Walk {
   const Division<kWarps>& division;
   unsigned index;  // of the next tile in the weight
-  int last_strip, batch, batch_end, chunk, tiles, tiles_left, strips_left;
+  int last_strip, batch_size, batch, batch_end, chunk, tiles, tiles_left, strips_left;
 
-  __device__ Walk(const Division<kWarps>& division_, int first, int last)
+  __device__ Walk(const Division<kWarps>& division_, int first, int last, int batch_size_)
       : division(division_),
         index(static_cast<unsigned>(first) * division_.tiles + division_.begin(0)),
-        last_strip(last) {
+        last_strip(last),
+        batch_size(batch_size_) {
     begin_batch(first);
     begin_chunk(0);
     if (tiles == 0) strips_left = 0;  // then so in every chunk, as there is only one
@@ -223,7 +248,7 @@ struct Walk {
   }
   __device__ void begin_batch(int first) {
     batch = first;
-    batch_end = division.chunks == 1 ? last_strip : min(first + kBatch, last_strip);
+    batch_end = min(first + batch_size, last_strip);
   }
   __device__ void begin_chunk(int next_chunk) {
     chunk = next_chunk;
@@ -242,10 +267,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) bitmap_linear_kernel(BitmapLin
   const Even strips(static_cast<int>((args.N + kRowTile - 1) / kRowTile), static_cast<int>(gridDim.x));
   const int block = static_cast<int>(blockIdx.x);
   const int first = strips.begin(block), last = strips.begin(block + 1);
+  // If the warps of a block together do not cover K, they take a chunk of it after the other, for so many
+  // strips that a thread keeps its output.
+  const int group = S::kHeld / M, batch_size = division.chunks == 1 ? last - first : group;
 
   // Copies run ahead of the products over the ends of strips. Where the values of the next tile to copy begin
   // and end is asked for one tile ahead, not to be waited for.
-  Walk<kWarps> walk(division, first, last);
+  Walk<kWarps> walk(division, first, last, batch_size);
   int64_t from = 0, to = 0;
   const auto ask = [&] {
     if (!walk.more()) return;
@@ -256,12 +284,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) bitmap_linear_kernel(BitmapLin
   const uint32_t* const bits = args.bits + 2 * lane;
   const uint16_t* const values = static_cast<const uint16_t*>(args.values) + lane * kAlign;
   const auto copy = [&](uint32_t stage) {
+    uint2 pair = {0, 0};
     if (walk.more()) {
       const uint16_t* source = values + from;
       pin(source);
       const uint32_t target = stage + lane * 2 * kAlign;
       const int pieces = (static_cast<int>(to - from) >> 3) - lane;  // of kAlign values
-      copy8(stage + kBitsOffset + lane * 8, bits + uint64_t{walk.index} * kTileBits);
+      pair = load_bits(bits + uint64_t{walk.index} * kTileBits);
 #pragma unroll
       for (int i = 0; i < kTileValues / kAlign / 32; ++i) {
         if (i == 4 && pieces <= 4 * 32) break;
@@ -271,10 +300,12 @@ __global__ void __launch_bounds__(S::kThreads, 1) bitmap_linear_kernel(BitmapLin
       ask();
     }
     commit_copies();
+    return pair;
   };
   const uint32_t stages = shared_address(memory) + S::kStagesOffset + warp * kStages * kStageBytes;
+  uint2 pairs[kStages];  // the bits of the tiles in the stages, the one in use first
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) copy(stages + s * kStageBytes);
+  for (int s = 0; s < kStages - 1; ++s) pairs[s] = copy(stages + s * kStageBytes);
   uint32_t stage = stages, filled = stages + (kStages - 1) * kStageBytes;
 
   uint4 x[kTiles][kTokenTiles][kParts];
@@ -295,21 +326,25 @@ __global__ void __launch_bounds__(S::kThreads, 1) bitmap_linear_kernel(BitmapLin
     }
   };
 
+  TilePlaces places;
+#pragma unroll
+  for (int i = 0; i < Places::kSteps; ++i) places.step(i, pairs[0]);
   float* const sums = reinterpret_cast<float*>(memory);
-  float* const waiting = sums + kWarps * S::kWarpSums + threadIdx.x;
   // The output that this thread adds up, if there is one for it.
-  const int row = threadIdx.x % kRowTile, m = threadIdx.x / kRowTile % S::kTokens,
-            member = threadIdx.x / kRowTile / S::kTokens;
-  const float* const each = sums + threadIdx.x / kRowTile * kSumStride<kRowTile> + row;
-  const int batch_size = division.chunks == 1 ? last - first : kBatch;
+  const int row = threadIdx.x % kRowTile, output = threadIdx.x / kRowTile, m = output % M,
+            member = output / M;
+  const float* const each = sums + sum_place(output, row);
+  bool begun = false;
 #pragma unroll 1
   for (int batch = first; batch < last; batch += batch_size) {
     const int batch_end = min(batch + batch_size, last);
+    float total = 0.0f;
 #pragma unroll 1
     for (int chunk = 0; chunk < division.chunks; ++chunk) {
       const int begin = division.begin(chunk), end = division.end(chunk);
 #pragma unroll
       for (int k = 0; k < kTiles; ++k) load_tokens(begin + k, end, x[k]);
+      int held = 0;  // strips whose sums are in shared memory
 #pragma unroll 1
       for (int strip = batch; strip < batch_end; ++strip) {
         float sum[kTokenTiles][4] = {};
@@ -318,32 +353,37 @@ __global__ void __launch_bounds__(S::kThreads, 1) bitmap_linear_kernel(BitmapLin
           if (begin + k >= end) break;
           wait_for_copies<kStages - 2>();
           __syncwarp();  // all lanes' copies are there, and all have read the stage that is filled next
-          const uint2 pair = load_words(stage + kBitsOffset + lane * 8);  // on its way during the copies
-          copy(filled);
+          pairs[kStages - 1] = copy(filled);
           filled = stage;
-          multiply<kTokenTiles>(sum, stage, pair, x[k]);
+          TilePlaces next;
+          multiply<kTokenTiles>(sum, stage, pairs[0], places, x[k], pairs[1], next);
+          places = next;
+#pragma unroll
+          for (int s = 0; s + 1 < kStages; ++s) pairs[s] = pairs[s + 1];
           stage = stage + kStageBytes == stages + kStages * kStageBytes ? stages : stage + kStageBytes;
         }
-        const unsigned index = strip - batch;
-        if (index % S::kGroup == 0) __syncthreads();  // the sums before are read
+        if (held == 0 && begun) __syncthreads();  // the sums before are read
+        begun = true;
 #pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i)
-          put_sums<kRowTile>(sums + warp * S::kWarpSums, sum[i], 0,
-                             kTokenTile * i + index % S::kGroup * S::kTokens, lane);
-        if (index % S::kGroup != S::kGroup - 1 && strip + 1 < batch_end) continue;
+        for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int token = kTokenTile * i + 2 * t + r % 2;
+            if (token < M) sums[warp * S::kWarpSums + sum_place(held * M + token, g + r / 2 * 8)] = sum[i][r];
+          }
+        }
+        if (++held < group && strip + 1 < batch_end) continue;
         __syncthreads();
-        if (m >= M || member > static_cast<int>(index % S::kGroup)) continue;
-        float* const before = waiting + index / S::kGroup * S::kOutputs;
-        float total = chunk == 0 ? 0.0f : *before;
+        const int64_t n = int64_t{strip + 1 - held + member} * kRowTile + row;
+        const bool has_output = member < held;
+        held = 0;
+        if (!has_output) continue;
+        if (chunk == 0) total = 0.0f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) total = __fadd_rn(total, each[w * S::kWarpSums]);
-        const int64_t n = int64_t{strip - static_cast<int>(index % S::kGroup) + member} * kRowTile + row;
-        if (chunk + 1 < division.chunks) {
-          *before = total;
-        } else if (n < args.N) {
-          if (args.bias != nullptr) total = __fadd_rn(total, args.bias[n]);
-          store(static_cast<uint16_t*>(args.y) + m * args.N + n, total);
-        }
+        if (chunk + 1 < division.chunks || n >= args.N) continue;
+        const float result = args.bias != nullptr ? __fadd_rn(total, args.bias[n]) : total;
+        store(static_cast<uint16_t*>(args.y) + m * args.N + n, result);
       }
     }
   }

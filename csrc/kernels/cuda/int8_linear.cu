@@ -37,9 +37,11 @@ void int8_linear_cuda(CudaKernel kernel, const Int8Linear& args, CUstream_st* st
   if (!int8_linear_possible(kernel, args))
     throw std::runtime_error("int8_linear: this kernel cannot take these arguments on this device");
   if (args.M == 0 || args.N == 0) return;
-  quantize_int8_cuda(
-      {args.type, args.x, args.x_stride, args.M, args.K, args.qx, args.qx_stride, args.scale_x}, stream);
-  switch (kernel == CudaKernel::kBest ? best_kernel(args) : kernel) {
+  if (kernel == CudaKernel::kBest) kernel = best_kernel(args);
+  if (kernel != CudaKernel::kFewTokensStream || !int8_few_stream_quantizes(args))
+    quantize_int8_cuda(
+        {args.type, args.x, args.x_stride, args.M, args.K, args.qx, args.qx_stride, args.scale_x}, stream);
+  switch (kernel) {
     case CudaKernel::kFewTokens:
       return int8_few_tokens(args, stream);
     case CudaKernel::kFewTokensStream:

@@ -45,9 +45,11 @@ bool int8_linear_possible(CudaKernel kernel, const Int8Linear& args);
 void int8_linear_cuda(CudaKernel kernel, const Int8Linear& args, CUstream_st* stream);
 
 // The products, after quantization: one file each. They are launched as programmatic dependents of the
-// quantization, so they read of qx and scale_x only after griddepcontrol.wait.
+// quantization, so they read of qx and scale_x only after griddepcontrol.wait. int8_few_stream does without
+// where int8_few_stream_quantizes.
 bool int8_few_tokens_possible(const Int8Linear& args);
 bool int8_few_stream_possible(const Int8Linear& args);
+bool int8_few_stream_quantizes(const Int8Linear& args);
 bool int8_hopper_possible(const Int8Linear& args);
 void int8_few_tokens(const Int8Linear& args, CUstream_st* stream);
 void int8_few_stream(const Int8Linear& args, CUstream_st* stream);

@@ -31,6 +31,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   few_stream::Stream<S> stream(shared, maps, plan, few_stream::kLineBytes / 2);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
   const int M = static_cast<int>(args.M), V = static_cast<int>(args.V);
+  // Nothing at all is read before the wait: the kernel in front may be anybody's. The next one may begin
+  // where a block of this one ends.
+  stream.make_barriers();
+  wait_for_grid();
+  let_next_grid_begin();
   // A few tokens are soon here. Many, which all blocks read at once from L2, must not stand before the
   // weight.
   if constexpr (kTokenTiles == 1) stream.load_tokens(M);
@@ -38,79 +43,104 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (kTokenTiles > 1) stream.load_tokens(M);
   const int my_row = threadIdx.x % kRowTile, my_token = threadIdx.x / kRowTile;  // of a tile's results
   float* const all_sums = reinterpret_cast<float*>(stream.sums);
-  stream.wait_for_tokens();
 
 #pragma unroll 1
-  for (int tile = 0; tile < stream.tiles; ++tile) {
-    const int n = stream.first_row + tile * kRowTile + my_row;
-    const bool mine = my_token < M && n < stream.end_row && n < args.N;
-    const float bias = mine && args.bias != nullptr ? few_stream::load_early(args.bias + n) : 0.0f;
-
-    float sums[kVariants][kTokenTiles][4] = {};
+  for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+    stream.enter(chunk);
+    stream.wait_for_tokens();
 #pragma unroll 1
-    for (int unit = 0; unit < stream.units; ++unit) {
-      stream.wait();
+    for (int tile = 0; tile < stream.tiles; ++tile) {
+      const bool replaces = tile + 1 == stream.tiles && !stream.is_last_chunk();
+      const int n = stream.first_row + tile * kRowTile + my_row;
+      const bool mine = my_token < M && n < stream.end_row && n < args.N;
+      const float bias = mine && args.bias != nullptr ? few_stream::load_early(args.bias + n) : 0.0f;
+
+      float sums[kVariants][kTokenTiles][4] = {};
+#pragma unroll 1
+      for (int unit = 0; unit < stream.units; ++unit) {
+        stream.wait();
 #pragma unroll
-      for (int line = 0; line < S::kLines; ++line) {
-        uint32_t mask[kVariants][2];  // of rows g and g + 8
+        for (int line = 0; line < S::kLines; ++line) {
+          uint32_t mask[kVariants][2];  // of rows g and g + 8
 #pragma unroll
-        for (int v = 0; v < kVariants; ++v)
+          for (int v = 0; v < kVariants; ++v)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            mask[v][half] =
-                few_stream::load_pair(stream.mask_pair(v, line) + half * 8 * few_stream::kMaskBytes);
-        const uint32_t weight_chunk = stream.weight_chunk(line);
+            for (int half = 0; half < 2; ++half)
+              mask[v][half] =
+                  few_stream::load_pair(stream.mask_pair(v, line) + half * 8 * few_stream::kMaskBytes);
+          const uint32_t weight_chunk = stream.weight_chunk(line);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint4 w[2], x[kTokenTiles];
+          for (int i = 0; i < 2; ++i) {
+            uint4 w[2], x[kTokenTiles];
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            w[half] = few_stream::load_chunk((weight_chunk ^ (16 * i)) + half * (few_stream::kTileBytes / 2));
-#pragma unroll
-          for (int j = 0; j < kTokenTiles; ++j) {
-            const int token = g + kTokenTile * j;
-            const uint32_t chunk = stream.token_chunk(unit, line, token, M) ^ (16 * i);
-            x[j] = token < M ? few_stream::load_chunk(chunk) : make_uint4(0, 0, 0, 0);
-          }
-#pragma unroll
-          for (int v = 0; v < kVariants; ++v) {
-            const uint4 low = keep(w[0], (mask[v][0] >> (8 * i)) & 255);
-            const uint4 high = keep(w[1], (mask[v][1] >> (8 * i)) & 255);
+            for (int half = 0; half < 2; ++half)
+              w[half] =
+                  few_stream::load_chunk((weight_chunk ^ (16 * i)) + half * (few_stream::kTileBytes / 2));
 #pragma unroll
             for (int j = 0; j < kTokenTiles; ++j) {
-              mma_bfloat16(sums[v][j], low.x, high.x, low.y, high.y, x[j].x, x[j].y);
-              mma_bfloat16(sums[v][j], low.z, high.z, low.w, high.w, x[j].z, x[j].w);
+              const int token = g + kTokenTile * j;
+              const uint32_t address = stream.token_chunk(unit, line, token, M) ^ (16 * i);
+              x[j] = token < M ? few_stream::load_chunk(address) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int v = 0; v < kVariants; ++v) {
+              const uint4 low = keep(w[0], (mask[v][0] >> (8 * i)) & 255);
+              const uint4 high = keep(w[1], (mask[v][1] >> (8 * i)) & 255);
+#pragma unroll
+              for (int j = 0; j < kTokenTiles; ++j) {
+                mma_bfloat16(sums[v][j], low.x, high.x, low.y, high.y, x[j].x, x[j].y);
+                mma_bfloat16(sums[v][j], low.z, high.z, low.w, high.w, x[j].z, x[j].w);
+              }
             }
           }
         }
+        stream.next();
+        if (replaces) stream.replace_tokens(unit, M);
       }
-      stream.next();
-    }
 
 #pragma unroll
-    for (int v = 0; v < kVariants; ++v) {
-      if (v >= V) break;
-      __syncthreads();  // the sums before are read
+      for (int v = 0; v < kVariants; ++v) {
+        if (v >= V) break;
+        __syncthreads();  // the sums before are read
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j)
-        put_sums<kRowTile>(all_sums + warp * S::kSums, sums[v][j], 0, kTokenTile * j, lane);
-      __syncthreads();
-      if (mine) {
-        float sum = 0;
+        for (int j = 0; j < kTokenTiles; ++j)
+          put_sums<kRowTile>(all_sums + warp * S::kSums, sums[v][j], 0, kTokenTile * j, lane);
+        __syncthreads();
+        if (mine) {
+          float sum = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w)
-          sum = __fadd_rn(sum, all_sums[w * S::kSums + my_token * kSumStride<kRowTile> + my_row]);
-        if (args.bias != nullptr) sum = __fadd_rn(sum, bias);
-        store(static_cast<uint16_t*>(args.y) + (v * args.M + my_token) * args.N + n, sum);
+          for (int w = 0; w < kWarps; ++w)
+            sum = __fadd_rn(sum, all_sums[w * S::kSums + my_token * kSumStride<kRowTile> + my_row]);
+          float& partial =
+              reinterpret_cast<float*>(stream.partials)[(v * stream.tiles + tile) * kThreads + threadIdx.x];
+          if (chunk > 0) sum = __fadd_rn(partial, sum);
+          if (!stream.is_last_chunk()) {
+            partial = sum;
+            continue;
+          }
+          if (args.bias != nullptr) sum = __fadd_rn(sum, bias);
+          store(static_cast<uint16_t*>(args.y) + (v * args.M + my_token) * args.N + n, sum);
+        }
       }
     }
   }
 #endif
 }
 
+// They depend on K alone, for the order of a sum not to depend on anything else: as few as leave room for the
+// ring beside the most tokens.
+int chunks_of(int64_t K) {
+  for (int chunks = 1; chunks <= few_stream::kMostChunks; ++chunks) {
+    const Plan plan = few_stream::make_plan<Shape<1, 2>>(kMostTokens, 1, K * 2, kSharedLimit, chunks);
+    if (plan.stages >= (chunks == 1 ? kLeastStages : kLeastStages + 1)) return chunks;
+  }
+  return 1;
+}
+
 template <int kVariants, int kTokenTiles>
 Plan plan_of(const MaskedLinear& args) {
-  return few_stream::make_plan<Shape<kVariants, kTokenTiles>>(args.M, args.N, args.K * 2, kSharedLimit);
+  return few_stream::make_plan<Shape<kVariants, kTokenTiles>>(args.M, args.N, args.K * 2, kSharedLimit,
+                                                              chunks_of(args.K));
 }
 
 // Bytes of a row, rows, masks: of 16 bytes, 16 rows and all masks a stage is filled.
@@ -145,7 +175,7 @@ void launch(const MaskedLinear& args, CUstream_st* stream) {
   maps.masks = mask_map<kVariants>(args);
   const Plan plan = plan_of<kVariants, kTokenTiles>(args);
   launch_clusters(masked_few_stream_kernel<kVariants, kTokenTiles>, "masked_linear", 1, plan.groups, kThreads,
-                  plan.shared_bytes, /*early=*/false, stream, maps, plan, args);
+                  plan.shared_bytes, /*early=*/true, stream, maps, plan, args);
 }
 
 // The kernel for the masks of the next pass over the weight: as many as there are, as shared memory has room

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "few_tokens.h"
+#include "quantize_int8.cuh"
 #include "quantize_int8.h"
 
 namespace dtm_fast {
@@ -8,25 +9,15 @@ namespace {
 
 using few_tokens::let_next_grid_begin;
 using few_tokens::load_some;
+using few_tokens::wait_for_grid;
+using quantization::Divisor;
+using quantization::divisor_of;
+using quantization::largest;
+using quantization::quantize_chunk;
 
 constexpr int kMostThreads = 1024;
-constexpr uint32_t kInfinity = 0x7f800000u;
-// 1.5 * 2^23: there the float32 lie 1 apart, so that a sum with it ends with the other summand, rounded half
-// to even, in two's complement.
-constexpr float kToInteger = 12582912.0f;
 
 // T is an unsigned integer of the size of an element: its bits.
-
-// Element i of 16 bytes as the bits of a float32.
-template <typename T>
-__device__ __forceinline__ uint32_t element(const uint4& chunk, int i) {
-  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-  if constexpr (sizeof(T) == 4) {
-    return words[i];
-  } else {
-    return i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u;
-  }
-}
 
 // 16 bytes of a row, from element k on, 0 beyond its end.
 template <typename T>
@@ -34,16 +25,6 @@ __device__ __forceinline__ uint4 load_chunk(const T* row, int64_t k, int64_t K, 
   if (aligned && k + static_cast<int64_t>(16 / sizeof(T)) <= K)
     return *reinterpret_cast<const uint4*>(row + k);
   return load_some(row + k, K - k);
-}
-
-// As unsigned integers, the absolute bits of NaN and infinity are the largest: no maximum loses them, as
-// fmaxf would.
-template <typename T>
-__device__ __forceinline__ uint32_t largest(uint32_t before, const uint4& chunk) {
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i)
-    before = max(before, element<T>(chunk, i) & 0x7fffffffu);
-  return before;
 }
 
 // The maximum over the block, in every thread.
@@ -56,67 +37,13 @@ __device__ uint32_t block_max(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, lane < blockDim.x / 32 ? of_warp[lane] : 0);
 }
 
-struct Divisor {
-  float scale, reciprocal;
-  bool usable, far_from_underflow;
-};
-
-__device__ Divisor divisor_of(uint32_t absmax) {
-  Divisor divisor;
-  divisor.scale =
-      absmax < kInfinity ? __fdiv_rn(__uint_as_float(absmax), 127.0f) : __uint_as_float(0x7fc00000u);
-  divisor.usable = divisor.scale > 0.0f;
-  divisor.far_from_underflow = divisor.scale >= 0x1p-90f;
-  divisor.reciprocal = __fdiv_rn(1.0f, divisor.scale);
-  return divisor;
-}
-
-// Byte 0: round(value / scale), for a scale that is far from underflow.
-//
-// The correctly rounded quotient in five full-rate instructions: a quotient that is off by less than a unit
-// in the last place, corrected by its exact remainder times the correctly rounded reciprocal (Markstein 1990,
-// "Computation of elementary functions on the IBM RISC System/6000 processor"). Remainders of
-// quotients near a half and above do not underflow, and smaller quotients become 0 anyway. The largest is
-// 127.00002: nothing to clamp.
-__device__ __forceinline__ uint32_t quantized_fast(float value, const Divisor& divisor) {
-  const float first = __fmul_rn(value, divisor.reciprocal);
-  const float second = __fmaf_rn(__fmaf_rn(-first, divisor.scale, value), divisor.reciprocal, first);
-  const float quotient = __fmaf_rn(__fmaf_rn(-second, divisor.scale, value), divisor.reciprocal, second);
-  return __float_as_uint(__fadd_rn(quotient, kToInteger));
-}
-
-// Byte 0: round(clamp(value / scale)), for every scale.
-__device__ __forceinline__ uint32_t quantized_slow(float value, const Divisor& divisor) {
-  if (!divisor.usable) return 0;
-  const float quotient = fminf(fmaxf(__fdiv_rn(value, divisor.scale), -127.0f), 127.0f);
-  return __float_as_uint(__fadd_rn(quotient, kToInteger));
-}
-
-// Byte 0 of each.
-__device__ __forceinline__ uint32_t pack(const uint32_t (&bytes)[4]) {
-  const uint32_t low = __byte_perm(bytes[0], bytes[1], 0x0040),
-                 high = __byte_perm(bytes[2], bytes[3], 0x0040);
-  return __byte_perm(low, high, 0x5410);
-}
-
 // Quantizes 16 bytes of a row and stores them up to the end of the row of q.
 template <typename T>
 __device__ __forceinline__ void store_chunk(const uint4& chunk, const Divisor& divisor, int8_t* row,
                                             int64_t k, int64_t end, bool aligned) {
   constexpr int kChunk = 16 / sizeof(T);
-  uint32_t bytes[kChunk / 4][4];
-  if (divisor.far_from_underflow) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      bytes[i / 4][i % 4] = quantized_fast(__uint_as_float(element<T>(chunk, i)), divisor);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i)
-      bytes[i / 4][i % 4] = quantized_slow(__uint_as_float(element<T>(chunk, i)), divisor);
-  }
   uint32_t words[kChunk / 4];
-#pragma unroll
-  for (int i = 0; i < kChunk / 4; ++i) words[i] = pack(bytes[i]);
+  quantize_chunk<T>(chunk, divisor, words);
   if (aligned && k + kChunk <= end) {
     if constexpr (kChunk == 8) {
       *reinterpret_cast<uint2*>(row + k) = make_uint2(words[0], words[1]);
@@ -136,6 +63,7 @@ template <typename T, int kKept>
 __global__ void __launch_bounds__(kMostThreads)
     quantize_int8_kernel(QuantizeInt8 args, bool x_aligned, bool q_aligned) {
   constexpr int kChunk = 16 / sizeof(T);
+  wait_for_grid();
   let_next_grid_begin();
   const int64_t m = blockIdx.x, first = int64_t{threadIdx.x} * kChunk, step = int64_t{blockDim.x} * kChunk;
   const T* x = static_cast<const T*>(args.x) + m * args.x_stride;
@@ -180,6 +108,15 @@ void launch(const QuantizeInt8& args, CUstream_st* stream) {
       chunks <= kMostThreads * kept
           ? (kept == 1 ? quantize_int8_kernel<T, 1> : quantize_int8_kernel<T, 2>)
           : (chunks <= 4 * kMostThreads ? quantize_int8_kernel<T, 4> : quantize_int8_kernel<T, 0>);
+  // The kernels for few tokens begin beside this one and want most of the shared memory, which a
+  // multiprocessor divides anew only while it is idle. And this one may be launched while the kernel in front
+  // ends.
+  const bool few = args.M <= few_tokens::kMostTokens;
+  if (few)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared),
+               "quantize_int8");
+  const bool begins_early = few && compute_capability() == 90 && few_tokens::waits_for_grid(kernel);
   const int64_t per_thread = chunks <= kMostThreads * kept ? kept : 4;
   const int64_t wanted = (chunks + per_thread - 1) / per_thread;
   const int64_t threads = std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, kMostThreads);
@@ -190,7 +127,16 @@ void launch(const QuantizeInt8& args, CUstream_st* stream) {
     part.q = args.q + m * args.q_stride;
     part.scale = args.scale + m;
     const auto rows = static_cast<unsigned>(std::min(kMostRows, args.M - m));
-    kernel<<<rows, static_cast<unsigned>(threads), 0, stream>>>(part, x_aligned, q_aligned);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(rows);
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = begins_early ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, part, x_aligned, q_aligned), "quantize_int8");
     check_cuda(cudaGetLastError(), "quantize_int8");
   }
 }
