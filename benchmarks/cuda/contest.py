@@ -88,7 +88,7 @@ def run(contest: Contest, bandwidth: float) -> dict[str, Any]:
         for peer, goal in contest.goals.items()
     }
     if contest.share_of_bandwidth is not None and ours is not None:
-        verdicts[f"{contest.share_of_bandwidth:.0%} of the copy"] = (
+        verdicts[f"{contest.share_of_bandwidth:.0%} of the bandwidth"] = (
             ours["share_of_bandwidth"] >= contest.share_of_bandwidth
         )
     return {

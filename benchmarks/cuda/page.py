@@ -30,10 +30,9 @@ def kernel_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names: list[str] = []
     for row in rows:
         names += [name for name in row["contenders"] if name != OURS and name not in names]
-    text = [
-        "| " + " | ".join(["size", "ours", "of the bandwidth", "TOP/s", *names, "goals"]) + " |",
-        "|---" * (5 + len(names)) + "|",
-    ]
+    several_runs = any("run" in row for row in rows)
+    heads = ["size", "ours", "of the bandwidth", "TOP/s", *names, "goals", *(["run"] if several_runs else [])]
+    text = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         ours = row["contenders"].get(OURS)
         size = size_of(row) + (f", density {row['density']}" if "density" in row else "")
@@ -45,7 +44,8 @@ def kernel_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         goals = "; ".join(f"{goal}: {VERDICTS[met]}" for goal, met in row["goals"].items())
         share = "" if ours is None else f"{ours['share_of_bandwidth']:.0%}"
         rate = "" if ours is None else f"{ours['tops']:,.0f}"
-        text.append("| " + " | ".join([size, time_of(ours), share, rate, *peers, goals]) + " |")
+        run = [str(row.get("run", ""))] if several_runs else []
+        text.append("| " + " | ".join([size, time_of(ours), share, rate, *peers, goals, *run]) + " |")
     return text
 
 
@@ -108,13 +108,20 @@ def section(report: Mapping[str, Any], source: str) -> str:
         "",
         f"Written by `python -m benchmarks.cuda.page` from `benchmarks/results/{source}`: {machine['gpu']} "
         f"({machine['multiprocessors']} multiprocessors, driver {machine['driver']}, CUDA {machine['cuda']}), torch "
-        f"{machine['torch']}, {machine['date']}, commit {machine.get('commit', 'unknown')}. How it is measured, and "
-        "what the kernels can reach at most: [gpu.md](gpu.md).",
+        f"{machine['torch']}, {machine['date']}, commit {machine['git_sha']}. How it is measured, and what the kernels "
+        "can reach at most: [gpu.md](gpu.md).",
         "",
         "Medians of 15 rounds in one process, in which all take turns; CUDA graphs of many calls on buffers in turn, "
         "so that no input is in the cache. Every result of ours was compared first. A ratio is how many times as "
         "long the other takes.",
     ]
+    if "runs" in report:
+        text += [
+            "",
+            "Rows are of several runs:",
+            "",
+            *(f"- {run}: {what}" for run, what in report["runs"].items()),
+        ]
     for operation, found in report["kernels"].items():
         limits = ", ".join(f"{name}: {value:,.0f}" for name, value in found["limits"].items())
         text += ["", f"### {operation}", "", f"Measured limits: {limits}.", "", *kernel_rows(found["rows"])]

@@ -269,6 +269,7 @@ def run(
     began = time.perf_counter()
     model = size.model(device)
     found: dict[str, Any] = {"size": vars(size), "model_seconds": time.perf_counter() - began}
+    print(f"model in {found['model_seconds']:.1f} s", flush=True)
 
     def kept(kind: str, result: dict[str, Any]) -> None:
         found[kind] = result

@@ -46,16 +46,15 @@ __device__ void copy_masks(const MaskRows& masks, int64_t col, bool has_col, int
   const uint8_t* from = masks.mask + col * masks.row_stride + static_cast<int64_t>(piece) * kChunkBytes;
 #pragma unroll 1
   for (int v = 0; v < Shape::kVariants; ++v) {
-    if (masks.alignment == 16) {
-      copy_async_16(shared_address(to), bytes > 0 ? from : masks.mask, bytes);
-    } else if (masks.alignment == 4) {
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        const int size = min(max(bytes - 4 * word, 0), 4);
-        copy_async_4(shared_address(to) + 4 * word, size > 0 ? from + 4 * word : masks.mask, size);
-      }
-    } else {
+    const bool is_part = bytes != 0 && bytes != kChunkBytes;  // of which the instructions would read too much
+    if (masks.alignment == 1 || is_part) {
       *reinterpret_cast<uint4*>(to) = load_bytes(reinterpret_cast<const char*>(from), bytes);
+    } else if (masks.alignment == 16) {
+      copy_async_16(shared_address(to), bytes > 0 ? from : masks.mask, bytes);
+    } else {
+#pragma unroll
+      for (int word = 0; word < 4; ++word)
+        copy_async_4(shared_address(to) + 4 * word, bytes > 0 ? from + 4 * word : masks.mask, bytes / 4);
     }
     from += masks.variant_stride;
     to += Shape::kCols * kChunkBytes;

@@ -94,7 +94,11 @@ class TileCopier {
       for (int i = 0; i < kCopies; ++i) {
         if (kRows % kRowStep != 0 && row(i) >= kRows) break;
         const int size = has_row(i) ? bytes : 0;
-        copy_async_16(to + offset(i), size > 0 ? from + i * kRowStep * matrix_.stride : matrix_.data, size);
+        const char* const at = size > 0 ? from + i * kRowStep * matrix_.stride : matrix_.data;
+        if (size == 0 || size == kChunkBytes)
+          copy_async_16(to + offset(i), at, size);
+        else  // the instruction would read all 16 bytes, of which the last may lie beyond the matrix
+          *reinterpret_cast<uint4*>(shared + offset(i)) = load_bytes(at, size);
       }
     } else {
       copy_unaligned(from, bytes, shared);
