@@ -77,7 +77,7 @@ def test_without_a_kernel_there_is_no_faster_layer_but_a_reason(even: BreakEven)
     assert faster_layer(weight_of(0.1).half()) == (None, "no kernel for float16")
     assert faster_layer(weight_of(0.1).to("meta")) == (
         None,
-        "our kernels cannot run: no kernel for meta tensors yet: torch operations on the device",
+        "our kernels cannot run: no kernel for meta tensors: torch operations on the device",
     )
     with native.use_cpu_isa("reference"):
         assert faster_layer(weight_of(0.1)) == (
