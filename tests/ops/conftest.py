@@ -1,6 +1,7 @@
 """Fixtures: the backends and instruction sets that this machine can run."""
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def native_cuda(cuda: torch.device) -> ModuleType:
+    """The CUDA kernels. Where there is a GPU they must be there: skipping would pass for having tested them."""
+    module, reason = native.load("_cuda")
+    assert module is not None, reason
+    return module
 
 
 @pytest.fixture(params=["cpu", "reference"])

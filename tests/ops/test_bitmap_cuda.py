@@ -6,17 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtm_fast import ops
-from dtm_fast.ops import native
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def native_cuda(cuda):
-    module, reason = native.load("_cuda")
-    if module is None:
-        pytest.skip(reason)
-    return module
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("native_cuda")]
 
 
 def whole(*shape: int, device: torch.device) -> Tensor:

@@ -1,13 +1,13 @@
 """A certificate on a GPU answers as the full CUDA op does, to the last bit, wherever the hidden states are put."""
 
 import math
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from dtm_fast import ops
-from dtm_fast.ops import native
 from dtm_fast.ops.certificate_threats import count_threats, count_threats_reference
 from dtm_fast.ops.certified_cuda import Group, classes_of, groups, threats_of
 
@@ -36,11 +36,8 @@ def test_few_positions_are_decided_together_and_many_by_class() -> None:
 
 
 @pytest.fixture
-def kernels(cuda: torch.device) -> torch.device:
+def kernels(cuda: torch.device, native_cuda: ModuleType) -> torch.device:
     """A GPU with the CUDA kernels."""
-    module, reason = native.load("_cuda")
-    if module is None:
-        pytest.skip(reason)
     return cuda
 
 

@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtm_fast import ops
-from dtm_fast.ops import native
 from dtm_fast.ops.token_divergence import mismatch_and_nll_cuda
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("native_cuda")]
 
 DTYPES = [torch.float32, torch.bfloat16]
 # T, D, V
@@ -17,14 +16,6 @@ SHAPES = [
     (1, 1, 1), (1, 64, 5003), (7, 16, 7), (33, 123, 1000), (64, 576, 49152), (65, 64, 129), (128, 128, 256),
     (129, 80, 257), (200, 513, 5000), (1000, 256, 32000), (3000, 64, 300),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def native_cuda(cuda):
-    module, reason = native.load("_cuda")
-    if module is None:
-        pytest.skip(reason)
-    return module
 
 
 def kernels_for(depth: int, dtype: torch.dtype) -> list[str]:

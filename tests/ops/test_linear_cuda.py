@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtm_fast import ops
-from dtm_fast.ops import native
 from dtm_fast.ops.int8_linear import int8_linear_cuda, int8_linear_reference
 from dtm_fast.ops.mask_bits import unpack_mask_reference
 from dtm_fast.ops.masked_linear import masked_linear_cuda
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("native_cuda")]
 
 DTYPES = [torch.float32, torch.bfloat16]
 # M, N, K: tails of every kind, and sizes of models.
@@ -23,14 +22,6 @@ SHAPES = [
     (33, 65, 4097), (64, 256, 128), (100, 300, 96), (127, 129, 272), (128, 256, 4096), (507, 123, 513),
     (1024, 1536, 576), (1030, 1000, 2064), (2048, 4096, 1024), (300, 11008, 4096),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def native_cuda(cuda):
-    module, reason = native.load("_cuda")
-    if module is None:
-        pytest.skip(reason)
-    return module
 
 
 def is_hopper() -> bool:

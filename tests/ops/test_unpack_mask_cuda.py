@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from dtm_fast import ops
-from dtm_fast.ops import native
 from dtm_fast.ops.mask_bits import unpack_mask_reference
 
 pytestmark = pytest.mark.gpu
@@ -31,15 +30,12 @@ A_LONG_TIME = 1_000_000_000  # clock cycles that a stream waits: half a second o
 
 
 @pytest.fixture
-def kernel(cuda):
+def kernel(cuda, native_cuda):
     """The native function on (packed, K, mask): contiguous tensors that may begin anywhere."""
-    module, reason = native.load("_cuda")
-    if module is None:
-        pytest.skip(reason)
 
     def run(packed: Tensor, columns: int, mask: Tensor) -> None:
         stream = torch.cuda.current_stream().cuda_stream
-        module.unpack_mask(packed.data_ptr(), len(packed), columns, mask.data_ptr(), stream)
+        native_cuda.unpack_mask(packed.data_ptr(), len(packed), columns, mask.data_ptr(), stream)
 
     return run
 
