@@ -87,7 +87,7 @@ def default(operation: str, device_type: str) -> tuple[str, str]:
     return "reference", f"no kernel for {device_type} tensors: torch operations on the device"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # every number of tokens is a key
 def _on_gpu(operation: str, device: int, dtype: torch.dtype | None, tokens: int | None) -> tuple[str, str]:
     """The first backend of the measured ranking that can run, and the reason."""
     if operation not in CUDA_OPERATIONS:
