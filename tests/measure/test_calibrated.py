@@ -52,7 +52,10 @@ def mixed(model, count: int, treatments=TREATMENTS, seed: int = 0) -> list[Confi
     return [{}, *alone, *several]
 
 
-@pytest.mark.parametrize("layers", [pytest.param("fused", marks=needs_kernels), "transformers"])
+@pytest.mark.parametrize(
+    "layers",
+    [pytest.param("fused", marks=needs_kernels), pytest.param("transformers", marks=pytest.mark.once)],
+)
 @pytest.mark.parametrize("treatments", [TREATMENTS, TREATMENTS + OF_INPUTS], ids=["weights", "inputs too"])
 @pytest.mark.parametrize("metrics", [(), ("sdt",)])
 def test_both_evaluators_agree(llama, make_probes, layers, treatments, metrics):
@@ -68,6 +71,7 @@ def test_both_evaluators_agree(llama, make_probes, layers, treatments, metrics):
     assert len({value for other in expected for value in other.fdt.tolist()}) > 5
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_own_layers_give_the_bits_of_the_reference(family, make_probes, dtype):
     model = tiny.model_of(family).to(dtype)

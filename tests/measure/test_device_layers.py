@@ -17,6 +17,8 @@ from dtm_fast.measure.forward import lead
 from dtm_fast.measure.racing import fdt75, name_of
 from dtm_fast.measure.whole_head import WholeHead
 
+pytestmark = pytest.mark.once
+
 UP = "model.layers.1.mlp.up_proj"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 SHARES = [(1.0,), (0.04, 0.1, 0.25, 0.5, 1.0)]

@@ -52,6 +52,7 @@ def test_it_gives_what_the_reference_gives(family, make_probes, draw_configurati
     assert len(met) > 2  # otherwise equality would say little
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_own_layers_give_the_bits_of_the_reference(
     family, make_probes, draw_configuration, dtype

@@ -11,7 +11,7 @@ import torch
 import dtm_fast as dtm
 from dtm_fast.compression import Configuration
 
-CONFIGURATIONS = int(os.environ.get("DTM_FAST_CONFIGURATIONS", "200"))
+CONFIGURATIONS = int(os.environ.get("DTM_FAST_CONFIGURATIONS", "100"))
 TREATMENTS = (dtm.Int8(), dtm.Prune(0.25), dtm.Prune(0.5))
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(60 + 10 * CONFIGURATIONS)]

@@ -12,6 +12,8 @@ from dtm_fast.errors import ComponentError, MeasurementError, ProbeError, Treatm
 from dtm_fast.measure import EXTRA_METRICS, ReferenceEvaluator
 from dtm_fast.model import model_identity
 
+pytestmark = pytest.mark.once
+
 UP = "model.layers.1.mlp.up_proj"
 
 
@@ -51,7 +53,7 @@ def test_on_smollm2_it_gives_what_a_plain_loop_gives(smollm2, draw_configuration
     model, tokenizer = smollm2
     probes = dtm.Probes.from_text(model, tokenizer, dtm.read_documents(), 12, 20, 4)
     paths, draw = dtm.components(model), random.Random(20)
-    configurations = [draw_configuration(paths, draw, most) for most in (2, 5, 10, 20, 60) for _ in range(6)]
+    configurations = [draw_configuration(paths, draw, most) for most in (2, 5, 10, 20, 60) for _ in range(3)]
     before = model_identity(model)
     met = assert_as_the_plain_loop(model, probes, configurations)
     assert model_identity(model) == before
