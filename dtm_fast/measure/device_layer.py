@@ -48,6 +48,7 @@ class DeviceLayer:
         weights: Mapping[str, Tensor],
         earlier: KeysAndValues | None = None,
         skip: int = 0,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, KeysAndValues]:
         """The state after the layer, and the keys and values of all positions so far.
 
@@ -56,6 +57,7 @@ class DeviceLayer:
             weights: path → weight of the projections that are not as in the model.
             earlier: of the positions before.
             skip: of so many of the positions only keys and values are wanted; their state holds nothing of use.
+            out: where the state after the layer goes, which may be ``x`` itself.
         """
         shape, ins = self.parts.shape, len(self.parts.attention_in)
         first = 0 if earlier is None else earlier[0].shape[1]
@@ -80,7 +82,7 @@ class DeviceLayer:
         attention = attend(q, k, v, shape.attention_scale).flatten(2)
         branch = self._times(ins, attention, weights)
         middle, normed = add_norm(x[:, skip:], branch, self.mlp_norm, shape.eps)
-        out = torch.empty_like(x)
+        out = torch.empty_like(x) if out is None else out
         torch.add(middle, self._mlp(ins + 1, normed, weights), out=out[:, skip:])
         return out, (k, v)
 

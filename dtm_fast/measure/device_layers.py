@@ -11,6 +11,7 @@ from torch import Tensor
 from dtm_fast.compression import Configuration, compressed_weight
 from dtm_fast.measure.device_layer import DeviceLayer, KeysAndValues, moved
 from dtm_fast.measure.device_rows import has_triton
+from dtm_fast.measure.layer_graphs import LayerGraphs
 from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.prefix_tree import first_difference, layers_of
 from dtm_fast.measure.tensor_store import TensorStore
@@ -71,12 +72,16 @@ class DeviceLayers:
         self._origin: DeviceLayers | None = None
         self._own = TensorStore()
         self._norm: Any = model.base_model.norm
+        # One part is a layer that takes less than its launches, and always of the same shape.
+        launches_dominate = model.device.type == "cuda" and self._shares == _ONE_SHARE
+        self._graphs = LayerGraphs(layers) if launches_dominate else None
 
     @property
     def engine(self) -> str:
         """What runs, in a few words."""
         kernels = " and Triton" if has_triton(self.decoder.model.device) else ""
-        return f"layers in parts by torch{kernels}, {self.exact.name.lower()}"
+        how = "" if self._graphs is None else ", in CUDA graphs"
+        return f"layers in parts by torch{kernels}, {self.exact.name.lower()}{how}"
 
     def rebased(
         self, configuration: Configuration, memory: int | None = None, rooms: Sequence[Any] = ()
@@ -165,10 +170,14 @@ class DeviceLayers:
             assert rows == list(range(self.count))
             assert x.shape[1] == self.positions
             return self._model_layers.advance_whole(x, layer, treatments)
+        skip = max(0, first_output - first)
+        if self._graphs is not None and not treatments and first == 0 and end == self.positions:
+            self._earlier.pop(layer, None)
+            return self._graphs.run(layer, x, skip)
         weights = {path: self._weights.of(path, treatments) for path in treatments}
         earlier = self._earlier_of(layer, rows) if first > 0 else None
         self._earlier.pop(layer, None)
-        out, known = self._layers[layer].run(x, weights, earlier, max(0, first_output - first))
+        out, known = self._layers[layer].run(x, weights, earlier, skip)
         if end < self.positions:  # or nothing follows
             self._earlier[layer] = rows, known
         return out

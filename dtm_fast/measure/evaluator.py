@@ -1,12 +1,10 @@
 """The fast evaluator: many configurations in one walk, what they share computed once."""
 
 import copy
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -20,6 +18,7 @@ from dtm_fast.measure.device_layer import DeviceLayer, device_layers_of
 from dtm_fast.measure.device_layers import DeviceLayers
 from dtm_fast.measure.first_pass import FirstPass, Results
 from dtm_fast.measure.floor import Floor, self_divergence
+from dtm_fast.measure.free_memory import free_memory
 from dtm_fast.measure.fused_layers import FusedLayers, checked_parts
 from dtm_fast.measure.head import Head, can_prove
 from dtm_fast.measure.measurement import Measurement
@@ -45,7 +44,8 @@ class Evaluator:
         model: the model whose components the configurations name, in eval mode; not to be changed any more.
         probes: made by this model.
         memory: bytes that the base's states may take in the memory of the model's device, by default half of what is
-            free. Less makes it slower, and what cannot be left out goes to a file (TMPDIR).
+            free. Less makes it slower, and what cannot be left out goes to the host's memory, of a GPU, or to a file
+            (TMPDIR).
         layers: ``"fused"`` for this package's kernels, ``"torch"`` for torch's operations on parts of the text (FDT
             and SDT; other metrics come from the model's own layers), ``"transformers"`` for the model's own layers,
             ``"auto"`` on a CPU for the kernels and on a GPU for torch's operations, where they can run.
@@ -71,7 +71,7 @@ class Evaluator:
         self.decoder = Decoder.of(model, calibration)
         self._given: tuple[int | None, Engine] = (memory, layers)
         parts, in_torch, why_not = self._own_layers(layers)
-        memory = _free_memory(model.device) // 2 if memory is None else memory
+        memory = free_memory(model.device) // 2 if memory is None else memory
         store = TensorStore(memory)
         self._model_layers = ModelLayers(self.decoder, probes, store, all_states=parts is None)
         self._layers: FusedLayers | DeviceLayers | None = None
@@ -174,7 +174,7 @@ class Evaluator:
         if memory is None:
             memory = self._given[0]
         if memory is None:
-            memory = (_free_memory(self.model.device) + sum(each.nbytes for each in rooms)) // 2
+            memory = (free_memory(self.model.device) + sum(each.nbytes for each in rooms)) // 2
         other._layers = of_the_model.rebased(configuration, memory, rooms)
         other._first = FirstPass(other._layers, self._part_head(other._layers), self.probes.prefix)
         return other
@@ -360,19 +360,6 @@ def _raise_if_any(failed: list[str]) -> None:
     if failed:
         more = f" (and {len(failed) - 1} more configurations failed)" if len(failed) > 1 else ""
         raise MeasurementError(failed[0] + more)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that a GPU, or else the system without swapping, could give."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # What torch has taken and does not use now, it uses before it takes more.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _measurement(

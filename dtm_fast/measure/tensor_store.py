@@ -1,4 +1,4 @@
-"""Tensors that are read many times: left where they are up to a bound, beyond it in a file that the system pages."""
+"""Tensors that are read many times: left where they are up to a bound, beyond it where there is more room."""
 
 import os
 import tempfile
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from dtm_fast.errors import MeasurementError
+from dtm_fast.measure.free_memory import free_memory
 
 
 class TensorStore:
     """Keeps tensors by key. What does not fit into memory goes to a temporary file and is mapped from there.
 
-    Memory is that of the device on which a tensor is. The file has no name, so that nothing is left of it however the
-    process ends.
+    Memory is that of the device on which a tensor is. What does not fit into a GPU's goes to page-locked memory of the
+    host, from where it comes back without the host's waiting, as long as it takes no more than half of what is free
+    there, and else to the file. The file has no name, so that nothing is left of it however the process ends.
 
     Args:
         bound: bytes to keep in memory at most; None for no bound.
@@ -29,6 +31,8 @@ class TensorStore:
         self._known: dict[Hashable, tuple[Tensor, torch.device]] = {}
         self.in_memory = 0
         """Bytes kept in memory."""
+        self.pinned = 0
+        """Bytes kept in page-locked memory of the host."""
         self.spilled = 0
         """Bytes kept in the file."""
 
@@ -39,7 +43,7 @@ class TensorStore:
     def __getitem__(self, key: Hashable) -> Tensor:
         """The tensor kept under this key, on the device from which it came; it must not be written to."""
         kept, device = self._known[key]
-        return kept.to(device)
+        return kept.to(device, non_blocking=True)  # whoever reads it is behind the copy on the same stream
 
     def put(self, key: Hashable, value: Tensor) -> Tensor:
         """Keeps ``value`` (itself, or where it is spilled a copy on the CPU) and returns what is kept.
@@ -51,6 +55,9 @@ class TensorStore:
         if self._bound is None or self.in_memory + size <= self._bound:
             kept = value
             self.in_memory += size
+        elif value.device.type == "cuda" and size <= free_memory(torch.device("cpu")) // 2:
+            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+            self.pinned += size
         else:
             kept = self._mapped(value.contiguous(), size)
             self.spilled += size

@@ -1,6 +1,7 @@
 """The fast evaluator against the reference, both with the model on a GPU."""
 
 import random
+import warnings
 
 import pytest
 import tiny
@@ -88,7 +89,9 @@ def test_a_treatment_of_the_input(cuda, make_probes):
 def test_it_says_which_layers_run(cuda, make_probes):
     model = model_on(cuda)
     probes = make_probes(model, 2)
-    assert dtm.Evaluator(model, probes).engine == "layers in parts by torch and Triton, float32"
+    assert dtm.Evaluator(model, probes).engine == (
+        "layers in parts by torch and Triton, float32, in CUDA graphs"
+    )
     assert dtm.Evaluator(model, probes, layers="transformers").engine == "transformers' own layers"
     with pytest.raises(ModelError, match="the model is on cuda:0, and the fused kernels are for the CPU"):
         dtm.Evaluator(model, probes, layers="fused")
@@ -138,6 +141,27 @@ def test_a_measurement_has_the_same_bits_whatever_else_is_measured(cuda, make_pr
         for one, other, configuration in zip(together, backwards, configurations, strict=True):
             assert_same(one, other)
             assert_same(one, evaluator.measure([configuration], metrics)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_graphs_change_no_bit(cuda, name, make_probes, draw_configuration, dtype):
+    model = model_on(cuda, name, dtype)
+    probes = make_probes(model, 6)
+    configurations = some(dtm.components(model), draw_configuration, 15)
+    evaluator, plain = dtm.Evaluator(model, probes), dtm.Evaluator(model, probes)
+    plain._layers._graphs = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layer that could not be recorded
+        for _ in range(2):
+            for ours, other in zip(
+                evaluator.measure(configurations, ()), plain.measure(configurations, ()), strict=True
+            ):
+                assert_same(ours, other)
+        candidates = [{path: dtm.Prune(0.5)} for path in evaluator.decoder.components]
+        races = [each.best(candidates, 3) for each in (evaluator, plain)]
+    assert [each.configuration for each in races[0].best] == [each.configuration for each in races[1].best]
+    assert evaluator._layers._graphs._replays
 
 
 class Ruin(dtm.Treatment):
@@ -193,14 +217,18 @@ def test_states_beyond_the_bound_take_no_gpu_memory(cuda, make_probes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_store_keeps_what_fits_and_gives_all_back_on_the_gpu(cuda, tmp_path, dtype):
+@pytest.mark.parametrize("pinned", [0, 1, 2])
+def test_a_store_keeps_what_fits_and_gives_all_back_on_the_gpu(cuda, tmp_path, monkeypatch, dtype, pinned):
     size = 1000 * dtype.itemsize
+    free = iter([2 * size] * pinned + [0] * 2)  # of the host, of which half is taken
+    monkeypatch.setattr("dtm_fast.measure.tensor_store.free_memory", lambda device: next(free))
     store = TensorStore(2 * size, tmp_path)
     values = [torch.randn(10, 100, device=cuda).to(dtype) for _ in range(4)]
     values[3] = values[3].t()
     kept = [store.put(index, value) for index, value in enumerate(values)]
     assert [each.device.type for each in kept] == ["cuda", "cuda", "cpu", "cpu"]
-    assert (store.in_memory, store.spilled) == (2 * size, 2 * size)
+    assert [each.is_pinned() for each in kept[2:]] == [index < pinned for index in range(2)]
+    assert (store.in_memory, store.pinned, store.spilled) == tuple(n * size for n in (2, pinned, 2 - pinned))
     for index, value in enumerate(values):
         assert store[index].device == value.device
         assert torch.equal(store[index], value)
