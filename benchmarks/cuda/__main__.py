@@ -52,7 +52,9 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="few sizes")
     parser.add_argument(
-        "--seconds", type=float, default=seven_billion.SECONDS, help="of seven_billion, about"
+        "--seconds",
+        type=float,
+        help=f"of each kernel and of seven_billion ({seven_billion.SECONDS:.0f}): no row begins later",
     )
     # To try the program where there is no GPU: few short probes, and no figure that means anything.
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
@@ -88,7 +90,7 @@ def main(given: Sequence[str] | None = None) -> int:
                 report["kernels"][name] = found
                 save([])
 
-            kernels.run(name, options.quick, partial(print, flush=True), keep_part)
+            kernels.run(name, options.quick, options.seconds, partial(print, flush=True), keep_part)
     for name in DTYPES:
         if options.only in (None, name):
             report["evaluator"][name] = evaluation.run(getattr(torch, name), device, options.components)
@@ -100,7 +102,7 @@ def main(given: Sequence[str] | None = None) -> int:
             report["seven_billion"] = found
             save([f"{found['seconds']:.0f} s"])
 
-        seven_billion.run(device, size, options.seconds, keep)
+        seven_billion.run(device, size, options.seconds or seven_billion.SECONDS, keep)
         save(seven_billion.lines(report["seven_billion"]))
     about = report["machine"]
     print(f"\n{about['gpu']}, torch {about['torch']}, {about['date']}", *text, sep="\n")

@@ -49,6 +49,10 @@ class Contest:
     another: Collection[str] = ()
 
 
+Case = Callable[[], Contest]
+"""Makes a contest, with its inputs, when its turn comes."""
+
+
 def copies_of(size: int) -> int:
     """How many copies of inputs of so many bytes are needed, so that none is still in the cache at its next turn."""
     return min(_MOST_COPIES, max(2, -(-_TOGETHER // max(size, 1))))
@@ -119,6 +123,7 @@ def line(row: Mapping[str, Any]) -> str:
         "goals",
         "failed",
         "wrong",
+        "at_second",
     )
     sizes = " ".join(f"{name}={value}" for name, value in row.items() if name not in apart)
     times = ", ".join(

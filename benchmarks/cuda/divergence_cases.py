@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cuda.contest import OURS, Call, Contest
+from benchmarks.cuda.contest import OURS, Call, Case, Contest
 from benchmarks.cuda.linear_cases import triton_or_none
 from dtm_fast import ops
 from dtm_fast.ops.token_divergence import mismatch_and_nll_cuda
@@ -81,9 +81,9 @@ def contest(tokens: int, depth: int, vocabulary: int, with_compiled: bool) -> Co
     )
 
 
-def contests(quick: bool) -> Iterator[Contest]:
+def contests(quick: bool) -> Iterator[Case]:
     for size in SIZES[1:] if quick else SIZES:
-        yield contest(*size, with_compiled=not quick)
+        yield partial(contest, *size, with_compiled=not quick)
 
 
 def median_seconds(call: Callable[[], Any]) -> float:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.correctness import bit_equal, relative_error
-from benchmarks.cuda.contest import OURS, Contest, copies_of
+from benchmarks.cuda.contest import OURS, Case, Contest, copies_of
 from dtm_fast import ops
 from dtm_fast.ops.bitmap_linear import bitmap_linear
 from dtm_fast.ops.int8_linear import int8_linear_cuda, int8_linear_reference
@@ -19,9 +19,10 @@ from dtm_fast.ops.masked_linear import masked_linear_cuda
 # [N, K] of Llama-2-7B and -13B: q, k and v at once; gate and up at once; down; o.
 SEVEN = ((12288, 4096), (22016, 4096), (4096, 11008), (4096, 4096))
 THIRTEEN = ((15360, 5120), (27648, 5120), (5120, 13824), (5120, 5120))
-COMPILED = (SEVEN[1], SEVEN[3], THIRTEEN[0])  # each size takes torch.compile some seconds
 FEW = (1, 16)
-MANY = (1024, 4096)
+MANY = (4096, 1024)
+# [M, N, K]: each takes torch.compile some seconds.
+COMPILED = ((4096, *SEVEN[1]), (1024, *SEVEN[1]), (4096, *SEVEN[3]), (4096, *THIRTEEN[0]))
 DENSITIES = (0.5, 0.25)
 SEVERAL = 8  # masks in one pass
 _ROUNDED = 2.0**-8  # bfloat16 keeps eight bits
@@ -191,22 +192,28 @@ def bitmap_contest(rows: int, density: float, columns: int, depth: int) -> Conte
     )
 
 
-def int8_contests(quick: bool) -> Iterator[Contest]:
-    for shape in SEVEN[1::2] if quick else SEVEN + THIRTEEN:
+def shapes(quick: bool) -> tuple[tuple[int, int], ...]:
+    """Of the 7B model, the largest and the smallest first."""
+    return (SEVEN[1], SEVEN[3]) if quick else (SEVEN[1], SEVEN[3], SEVEN[0], SEVEN[2])
+
+
+def int8_contests(quick: bool) -> Iterator[Case]:
+    for shape in shapes(quick) + (() if quick else THIRTEEN):
+        for rows in MANY + FEW:
+            yield partial(int8_contest, rows, *shape, compiled=(rows, *shape) in COMPILED and not quick)
+
+
+def masked_contests(quick: bool) -> Iterator[Case]:
+    for shape in shapes(quick):
         for rows in FEW + MANY:
-            yield int8_contest(rows, *shape, compiled=shape in COMPILED and not quick)
+            yield partial(masked_contest, rows, 1, *shape)
+        if shape == SEVEN[3]:
+            for rows in (FEW[-1], MANY[-1]):
+                yield partial(masked_contest, rows, SEVERAL, *shape)
 
 
-def masked_contests(quick: bool) -> Iterator[Contest]:
-    for rows in (FEW[-1], MANY[0]):
-        yield masked_contest(rows, SEVERAL, *SEVEN[3])
-    for shape in SEVEN[1::2] if quick else SEVEN:
-        for rows in FEW + MANY:
-            yield masked_contest(rows, 1, *shape)
-
-
-def bitmap_contests(quick: bool) -> Iterator[Contest]:
-    for shape in SEVEN[1::2] if quick else SEVEN:
+def bitmap_contests(quick: bool) -> Iterator[Case]:
+    for shape in shapes(quick):
         for density in DENSITIES:
             for rows in FEW:
-                yield bitmap_contest(rows, density, *shape)
+                yield partial(bitmap_contest, rows, density, *shape)

