@@ -241,6 +241,8 @@ def _check_contents(weight: BitmapWeight) -> None:
         raise ValueError(
             "values: expected to begin at a multiple of 16 bytes, as tensors do that are no views"
         )
+    if weight.bits.data_ptr() % (WORDS * weight.bits.element_size()):
+        raise ValueError("bits: expected to begin at a multiple of 8 bytes, as tensors do that are no views")
     kept = _kept(weight.bits)
     if int(kept.sum()) != int(_from_stored(kept, weight.N, weight.K).sum()):
         raise ValueError("bits: expected 0 beyond N and K")

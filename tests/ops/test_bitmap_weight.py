@@ -176,6 +176,10 @@ def test_tensors_that_are_no_packed_weight() -> None:
         replace(packed, bits=packed.bits.transpose(2, 3).contiguous().transpose(2, 3))
     with pytest.raises(ValueError, match=r"values: expected to begin at a multiple of 16 bytes"):
         replace(packed, values=torch.cat([packed.values[:1], packed.values])[1:])
+    with pytest.raises(ValueError, match=r"bits: expected to begin at a multiple of 8 bytes"):
+        replace(
+            packed, bits=torch.cat([packed.bits.new_zeros(1), packed.bits.flatten()])[1:].view(3, 2, 32, 2)
+        )
     with pytest.raises(ValueError, match=r"bits: expected 0 beyond N and K"):
         replace(packed, bits=changed(packed.bits, (2, 1, 31, 1), -1))
     with pytest.raises(ValueError, match=r"begins: expected the sums of the tiles' runs"):

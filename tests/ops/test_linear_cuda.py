@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -274,6 +275,26 @@ def test_two_streams_at_once(cuda):
         torch.cuda.synchronize()
         for results, right in zip(found, expected, strict=True):
             assert all(torch.equal(each, right) for each in results), name
+
+
+def test_two_threads_at_once(cuda):
+    """Of sizes for which the same kernel asks for another amount of shared memory."""
+    weight = torch.randn(4096, 4096, device=cuda).bfloat16()
+    mask = ops.pack_mask(torch.rand(4096, 4096, device=cuda) < 0.5)
+    qweight, scale = ops.quantize_int8(weight)
+    calls = {
+        "int8_linear": lambda x: ops.int8_linear(x, qweight, scale, backend="cuda"),
+        "masked_linear": lambda x: ops.masked_linear(x, weight, mask, backend="cuda"),
+    }
+    for name, call in calls.items():
+        given = [tokens(rows, 4096, torch.bfloat16, cuda) for rows in (1, 4)]
+        expected = [call(x) for x in given]
+
+        def repeated(x: Tensor, right: Tensor, call: Callable[[Tensor], Tensor] = call) -> bool:
+            return all(torch.equal(call(x), right) for _ in range(500))
+
+        with ThreadPoolExecutor(2) as threads:
+            assert all(threads.map(repeated, given, expected)), name
 
 
 def test_it_waits_for_nobody(cuda):

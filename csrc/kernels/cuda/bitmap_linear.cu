@@ -420,6 +420,8 @@ void bitmap_linear_cuda(const BitmapLinear& args, CUstream_st* stream) {
     throw std::runtime_error("bitmap_linear: takes at most 16 rows of bfloat16");
   if (reinterpret_cast<uintptr_t>(args.values) % 16 != 0)
     throw std::runtime_error("bitmap_linear: values must begin at a multiple of 16 bytes");
+  if (reinterpret_cast<uintptr_t>(args.bits) % 8 != 0)
+    throw std::runtime_error("bitmap_linear: bits must begin at a multiple of 8 bytes");
   if (args.M == 0 || args.N == 0) return;
   (args.M <= kTokenTile ? choose_shape<1> : choose_shape<2>)(args, stream);
 }

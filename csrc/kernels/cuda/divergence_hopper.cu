@@ -211,7 +211,8 @@ int64_t divergence_hopper(const TokenDivergence& args, CUstream_st* stream) {
   const int steps = static_cast<int>((2 * args.D + hopper::kRowBytes - 1) / hopper::kRowBytes);
   launch_clusters(divergence_hopper_kernel, "token_divergence", order.blocks,
                   int64_t{order.rows_a} * order.rows_b, hopper::kThreads, LogitRing::kSharedBytes,
-                  /*early=*/false, stream, map_hidden, map_lm_head, order, steps, rows);
+                  LogitRing::kSharedBytes, /*early=*/false, stream, map_hidden, map_lm_head, order, steps,
+                  rows);
   return kVocabularyTile;
 }
 

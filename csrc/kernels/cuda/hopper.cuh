@@ -41,6 +41,10 @@ __device__ inline void arrive_expecting_bytes(uint32_t barrier, uint32_t bytes) 
                : "memory");
 }
 
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives at the barrier at this address in the shared memory of another block of the cluster, or of this
 // one.
 __device__ inline void arrive_at_rank(uint32_t barrier, uint32_t rank) {
@@ -140,14 +144,16 @@ struct Position {
 // A cluster is one block, or two that work on neighbouring tiles of A and the same tile of B: each then loads
 // its half of B for both. So a stage is empty once the multiplying warps of all blocks of the cluster have
 // left it, and full once all bytes are in, wherever they came from. Bytes may come before this block has
-// announced that it expects them, but not before it has left the stage.
+// announced that it expects them, but not before it has left the stage. Extra bytes are the block's own, and
+// are copied by its own warp: that they are read no more is told by a third barrier, for which no other block
+// is waited.
 template <int kRowsB, int kRingStages, int kExtraBytes = 0, int kExtraArrivals = 0>
 struct Ring {
   static constexpr int kStages = kRingStages;
   static constexpr int kBytesA = kRowsA * kRowBytes, kBytesB = kRowsB * kRowBytes;
   static constexpr int kStageBytes = kBytesA + kBytesB + kExtraBytes;
   static constexpr int kPatternBytes = 1024;  // 8 rows: tiles begin where a swizzle pattern does
-  static constexpr int kSharedBytes = kPatternBytes + kStages * (kStageBytes + 2 * 8);
+  static constexpr int kSharedBytes = kPatternBytes + kStages * (kStageBytes + (kExtraBytes > 0 ? 3 : 2) * 8);
   static_assert(kStageBytes % kPatternBytes == 0 && kBytesB % (2 * kPatternBytes) == 0,
                 "tiles start on a pattern");
   static_assert(kSharedBytes <= 227 * 1024, "what a block may have");
@@ -164,6 +170,7 @@ struct Ring {
   __device__ uint32_t extra(int stage) const { return b(stage) + kBytesB; }
   __device__ uint32_t full(int stage) const { return barriers + 16 * stage; }
   __device__ uint32_t empty(int stage) const { return barriers + 16 * stage + 8; }
+  __device__ uint32_t extra_empty(int stage) const { return barriers + 16 * kStages + 8 * stage; }
 
   // By all threads, before anything else; blocks is the size of the cluster.
   __device__ void start(int blocks) const {
@@ -171,6 +178,7 @@ struct Ring {
       for (int stage = 0; stage < kStages; ++stage) {
         init_barrier(full(stage), 1 + kExtraArrivals);
         init_barrier(empty(stage), kMultiplyingWarps * blocks);
+        if (kExtraBytes > 0) init_barrier(extra_empty(stage), kMultiplyingWarps);
       }
       fence_barrier_init();
     }
@@ -190,11 +198,15 @@ struct Ring {
   __device__ void wait_empty(const Position& position) const {
     wait_barrier(empty(position.stage), position.parity ^ 1);
   }
+  __device__ void wait_extra_empty(const Position& position) const {
+    wait_barrier(extra_empty(position.stage), position.parity ^ 1);
+  }
 
   // By every multiplying warp, when it reads no more of the stage.
   __device__ void leave(int stage, int blocks) const {
     __syncwarp();
     const int lane = threadIdx.x % 32;
+    if (kExtraBytes > 0 && lane == 0) arrive(extra_empty(stage));
     if (lane < blocks) arrive_at_rank(empty(stage), lane);
   }
 

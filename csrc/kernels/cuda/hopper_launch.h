@@ -22,12 +22,15 @@ inline int64_t tiles_of_a_block(int64_t tiles_a, int64_t tiles_b, int blocks) {
   return (tiles + clusters - 1) / clusters;
 }
 
-// kernel(args...) by one block of threads on each multiprocessor, or fewer if there are fewer tiles. early:
-// it may start while the kernel before it in the stream runs, and waits for that itself.
+// kernel(args...) by one block of threads on each multiprocessor, or fewer if there are fewer tiles.
+// most_shared_bytes: the most that any launch of this kernel asks for. The limit belongs to the kernel, and
+// another thread may launch it in between: set to what each launch needs, it would be too low for one of
+// them. early: it may start while the kernel before it in the stream runs, and waits for that itself.
 template <typename... Parameters, typename... Args>
 void launch_clusters(void (*kernel)(Parameters...), const char* operation, int blocks, int64_t tiles,
-                     int threads, int shared_bytes, bool early, cudaStream_t stream, Args&&... args) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                     int threads, int shared_bytes, int most_shared_bytes, bool early, cudaStream_t stream,
+                     Args&&... args) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes),
              operation);
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;

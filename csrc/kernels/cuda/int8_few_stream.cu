@@ -229,7 +229,7 @@ void launch(const Int8Linear& args, CUstream_st* stream) {
                            static_cast<int>(args.M));
   const Plan plan = plan_of(args);
   launch_clusters(int8_few_stream_kernel<T, kTokenTiles, kQuantizes>, "int8_linear", 1, plan.groups, kThreads,
-                  plan.shared_bytes, /*early=*/true, stream, maps, plan, args);
+                  plan.shared_bytes, kSharedLimit, /*early=*/true, stream, maps, plan, args);
 }
 
 template <typename T>

@@ -183,7 +183,8 @@ void launch(const Int8Linear& args, int blocks, cudaStream_t stream) {
   const int steps = static_cast<int>((args.K + hopper::kRowBytes - 1) / hopper::kRowBytes);
   launch_clusters(int8_hopper_kernel<kColumns, T>, "int8_linear", blocks,
                   int64_t{order.rows_a} * order.rows_b, hopper::kThreads, Int8Ring<kColumns>::kSharedBytes,
-                  /*early=*/true, stream, map_x, map_weight, order, steps, out);
+                  Int8Ring<kColumns>::kSharedBytes, /*early=*/true, stream, map_x, map_weight, order, steps,
+                  out);
 }
 
 template <int kColumns>

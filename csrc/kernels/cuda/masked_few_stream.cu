@@ -175,7 +175,7 @@ void launch(const MaskedLinear& args, CUstream_st* stream) {
   maps.masks = mask_map<kVariants>(args);
   const Plan plan = plan_of<kVariants, kTokenTiles>(args);
   launch_clusters(masked_few_stream_kernel<kVariants, kTokenTiles>, "masked_linear", 1, plan.groups, kThreads,
-                  plan.shared_bytes, /*early=*/true, stream, maps, plan, args);
+                  plan.shared_bytes, kSharedLimit, /*early=*/true, stream, maps, plan, args);
 }
 
 // The kernel for the masks of the next pass over the weight: as many as there are, as shared memory has room

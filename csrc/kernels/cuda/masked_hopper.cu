@@ -34,10 +34,20 @@ struct Masks {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// 8 bytes, of which only the first `bytes` are read, and the others zero.
-__device__ __forceinline__ void copy_mask_bytes(uint32_t target, const uint8_t* source, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source), "r"(bytes)
+// 8 bytes, or zeros.
+__device__ __forceinline__ void copy_mask_bytes(uint32_t target, const uint8_t* source, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source),
+               "r"(inside ? kMaskBytes : 0)
                : "memory");
+}
+
+// The first `bytes` of them, and zeros: of the end of a row, behind which there may be no memory. The
+// asynchronous copy reads all 8, however many it is to copy.
+__device__ __forceinline__ void load_mask_bytes(uint32_t target, const uint8_t* source, int bytes) {
+  uint64_t bits = 0;
+#pragma unroll 1
+  for (int i = 0; i < bytes; ++i) bits |= uint64_t{source[i]} << (8 * i);
+  asm volatile("st.shared.b64 [%0], %1;" ::"r"(target), "l"(bits) : "memory");
 }
 
 // One of the arrivals that the barrier counts on, once this thread's copies so far are done.
@@ -206,19 +216,29 @@ __global__ void __launch_bounds__(hopper::kThreads, 1)
         order.at(index, rank, tile_n, tile_m);
         const int n0 = tile_n * hopper::kRowsA + lane;
         for (int step = 0; step < steps; ++step) {
-          ring.wait_empty(position);
+          ring.wait_extra_empty(position);
           const int bytes = min(kMaskBytes, out.row_bytes - step * kMaskBytes);
           const uint32_t target = ring.extra(position.stage) + lane * kMaskBytes;
+          if (bytes == kMaskBytes) {
 #pragma unroll
-          for (int i = 0; i < hopper::kRowsA; i += kLanes) {
-            const bool inside = n0 + i < out.N;
-            const uint8_t* row = out.mask + (inside ? n0 + i : 0) * out.row_stride + step * kMaskBytes;
+            for (int i = 0; i < hopper::kRowsA; i += kLanes) {
+              const bool inside = n0 + i < out.N;
+              const uint8_t* row = out.mask + (inside ? n0 + i : 0) * out.row_stride + step * kMaskBytes;
 #pragma unroll
-            for (int v = 0; v < kMasks; ++v)
-              copy_mask_bytes(target + (v * hopper::kRowsA + i) * kMaskBytes, row + v * out.variant_stride,
-                              inside ? bytes : 0);
+              for (int v = 0; v < kMasks; ++v)
+                copy_mask_bytes(target + (v * hopper::kRowsA + i) * kMaskBytes, row + v * out.variant_stride,
+                                inside);
+            }
+            arrive_after_copies(ring.full(position.stage));
+          } else {
+#pragma unroll 1
+            for (int i = 0; i < kMasks * hopper::kRowsA; i += kLanes) {
+              const int n = n0 + i % hopper::kRowsA, v = i / hopper::kRowsA;
+              const uint8_t* row = out.mask + v * out.variant_stride + n * out.row_stride + step * kMaskBytes;
+              load_mask_bytes(target + i * kMaskBytes, row, n < out.N ? bytes : 0);
+            }
+            hopper::arrive(ring.full(position.stage));
           }
-          arrive_after_copies(ring.full(position.stage));
           R::advance(position);
         }
       }
@@ -305,7 +325,7 @@ void launch(const MaskedLinear& args, int64_t first, cudaStream_t stream) {
   const int steps = static_cast<int>((args.K + kEntries - 1) / kEntries);
   launch_clusters(masked_hopper_kernel<kMasks, kTokens>, "masked_linear", order.blocks,
                   int64_t{order.rows_a} * order.rows_b, hopper::kThreads,
-                  MaskedRing<kMasks, kTokens>::kSharedBytes,
+                  MaskedRing<kMasks, kTokens>::kSharedBytes, MaskedRing<kMasks, kTokens>::kSharedBytes,
                   /*early=*/false, stream, map_weight, map_x, order, steps, out);
 }
 
