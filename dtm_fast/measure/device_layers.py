@@ -11,7 +11,7 @@ from torch import Tensor
 from dtm_fast.compression import Configuration, compressed_weight
 from dtm_fast.measure.device_layer import DeviceLayer, KeysAndValues, moved
 from dtm_fast.measure.device_rows import has_triton
-from dtm_fast.measure.layer_graphs import LayerGraphs
+from dtm_fast.measure.layer_graphs import CudaGraphs, LayerGraphs
 from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.prefix_tree import first_difference, layers_of
 from dtm_fast.measure.tensor_store import TensorStore
@@ -74,7 +74,7 @@ class DeviceLayers:
         self._norm: Any = model.base_model.norm
         # One part is a layer that takes less than its launches, and always of the same shape.
         launches_dominate = model.device.type == "cuda" and self._shares == _ONE_SHARE
-        self._graphs = LayerGraphs(layers) if launches_dominate else None
+        self._graphs = LayerGraphs(layers, CudaGraphs(model.device)) if launches_dominate else None
 
     @property
     def engine(self) -> str:

@@ -29,13 +29,13 @@ class LayerGraphs:
 
     Args:
         layers: all of the model.
-        recorder: by default CUDA graphs.
+        recorder: of what they run.
     """
 
-    def __init__(self, layers: Sequence[DeviceLayer], recorder: Recorder | None = None) -> None:
+    def __init__(self, layers: Sequence[DeviceLayer], recorder: Recorder) -> None:
         """Records nothing yet."""
         self._layers = layers
-        self._recorder = recorder or CudaGraphs()
+        self._recorder = recorder
         self._places: dict[torch.Size, Tensor] = {}
         self._replays: dict[_Key, Work] = {}
         self.why_not = ""
@@ -90,24 +90,39 @@ class LayerGraphs:
 
 
 class CudaGraphs:
-    """A ``Recorder``: what ran is a graph, launched at once; all graphs take their memory from one pool."""
+    """A ``Recorder``: what ran is a graph, launched at once; all graphs take their memory from one pool.
 
-    def __init__(self) -> None:
+    Not by ``torch.cuda.graph``, which waits for the device and gives all unused memory back before each.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         """Takes no memory yet."""
-        self._pool: Any = None
+        self._device = device
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, work: Work) -> Work:
         """Runs ``work`` once, for what is made at a first run (workspaces, compiled kernels), and records it."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            work()
-        torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        before = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):  # of its device
             work()
-        return graph.replay
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        before.wait_stream(self._stream)
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                graph.replay()
+
+        return replay
 
 
 def _bits(x: Tensor) -> Tensor:
