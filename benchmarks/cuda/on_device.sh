@@ -66,7 +66,7 @@ test_() {
 # The plain programs first: what is wrong without a sanitizer is said at once. Then a part of the sizes under each tool,
 # all at the same time: every 11th, which shares no factor with the numbers of layouts and masks that the sizes go through.
 sanitize() {
-  local failed=0 program tool log
+  local failed=0 program tool log running=()
   for program in build/device/test_*_cuda; do
     timeout 100 "$program" || failed=1
   done
@@ -76,13 +76,14 @@ sanitize() {
       log=build/sanitizer/${tool%% *}-${program##*/test_}
       (
         # shellcheck disable=SC2086  # a tool with its options
-        DTM_FAST_EXACT_BUFFERS=1 DTM_FAST_EVERY=${SANITIZE_EVERY:-11} timeout "${SANITIZE_SECONDS:-90}" \
+        DTM_FAST_EXACT_BUFFERS=1 DTM_FAST_EVERY=${SANITIZE_EVERY:-11} timeout "${SANITIZE_SECONDS:-110}" \
           compute-sanitizer --tool $tool --error-exitcode 9 "$program" >"$log" 2>&1
         echo "exit $?" >>"$log"
       ) &
+      running+=($!)
     done
   done
-  wait
+  wait "${running[@]}"
   for log in build/sanitizer/*; do
     echo "${log##*/}: $(grep -E "ERROR SUMMARY|RACECHECK SUMMARY|LEAK SUMMARY|sizes," "$log" | tr '\n' ' ') $(tail -n 1 "$log")"
     [ "$(tail -n 1 "$log")" = "exit 0" ] || { failed=1 && tail -n 20 "$log"; }
