@@ -83,10 +83,13 @@ def progress(title: str, total: int, quiet: bool) -> Iterator[OnFinished]:
 
 def show_floor(floor: Floor) -> None:
     """The base against itself: printed beside every result."""
+    alone = ""
+    if floor.divergent and floor.fdt is not None:
+        alone = f" (mean FDT {floor.fdt:.1f}: rounding alone does that, and no treatment near it is told from none)"
     out.print(
         f"Floor: the base read at batch size {floor.batch_size} and {floor.other_batch_size} leaves its own text "
-        f"at {floor.divergent} of {floor.positions} positions; margins move by at most {floor.margin:.2g} logits; "
-        f"decoding with a cache fell otherwise at {floor.corrected}.",
+        f"at {floor.divergent} of {floor.positions} positions{alone}; margins move by at most {floor.margin:.2g} "
+        f"logits; decoding with a cache fell otherwise at {floor.corrected}.",
         highlight=False,
     )
 

@@ -22,6 +22,8 @@ class Floor:
         batch_size: rows a pass in all measurements.
         other_batch_size: rows a pass of the comparison.
         corrected: completion tokens where decoding with a cache fell otherwise than the full pass.
+        fdt: the base's mean FDT, at that of the two batch sizes where it is lower: what a treatment measures that does
+            nothing but round otherwise. None in runs of before it was kept.
     """
 
     divergent: int
@@ -30,6 +32,7 @@ class Floor:
     batch_size: int
     other_batch_size: int
     corrected: int
+    fdt: float | None = None
 
 
 def self_divergence(base: PreTrainedModel, probes: Probes) -> Floor:
@@ -43,14 +46,22 @@ def self_divergence(base: PreTrainedModel, probes: Probes) -> Floor:
         twice = probes.tokens.repeat_interleave(2, dim=0)
         other, (other_chosen, other_leads) = 2, (part[::2] for part in _decisions(base, twice, n, 2))
     written = probes.tokens[:, n:]
+    mismatches = chosen != written, other_chosen != written
     return Floor(
-        divergent=int(((chosen != written) | (other_chosen != written)).sum()),
+        divergent=int((mismatches[0] | mismatches[1]).sum()),
         positions=chosen.numel(),
         margin=float((leads - other_leads).abs().max()),
         batch_size=usual,
         other_batch_size=other,
         corrected=probes.corrected,
+        fdt=min(_mean_fdt(each) for each in mismatches),
     )
+
+
+def _mean_fdt(mismatch: Tensor) -> float:
+    """Of bool [P, N]."""
+    first = mismatch.int().argmax(dim=1)
+    return float(torch.where(mismatch.any(dim=1), first, mismatch.shape[1]).double().mean())
 
 
 def _decisions(base: PreTrainedModel, tokens: Tensor, n: int, batch_size: int) -> tuple[Tensor, Tensor]:

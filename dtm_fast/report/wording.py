@@ -84,6 +84,8 @@ def floor_sentence(floor: Floor) -> str:
     compared = f"batch size {floor.batch_size} instead of {floor.other_batch_size}"
     if floor.divergent:
         found = f"leaves its own text at {floor.divergent:,} of {floor.positions:,} positions"
+        if floor.fdt is not None:
+            found += f" (mean FDT {number(floor.fdt)}: no treatment near that is told from rounding)"
     else:
         found = f"never leaves its own text ({floor.positions:,} positions)"
     return (
