@@ -26,10 +26,10 @@ from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.part_layers import PartHead
 from dtm_fast.measure.probes import Probes
 from dtm_fast.measure.racing import By, Contest, Dropped, Race, name_of, place, standing
-from dtm_fast.measure.reference import checked_metrics, describe
+from dtm_fast.measure.reference import checked_metrics, describe, several
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.measure.whole_head import WholeHead
-from dtm_fast.model import Calibration, Decoder
+from dtm_fast.model import Calibration, Decoder, check_eval_mode
 from dtm_fast.model.gated_decoder import LayerParts
 from dtm_fast.ops.decoder_layer import States
 
@@ -52,8 +52,8 @@ class Evaluator:
         calibration: of this model, for treatments that look at a component's inputs.
 
     Raises:
-        ModelError: the model's layers cannot be run one by one, or not as ``layers`` asks, or the calibration is of
-            another model.
+        ModelError: the model is in train mode, its layers cannot be run one by one, or not as ``layers`` asks, or the
+            calibration is of another model.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Evaluator:
         calibration: Calibration | None = None,
     ) -> None:
         """Reads the probes once with the base and keeps its states."""
+        check_eval_mode(model)
         self.model = model
         self.probes = probes
         self.decoder = Decoder.of(model, calibration)
@@ -216,7 +217,7 @@ class Evaluator:
         self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("sdt",)
     ) -> list[Measurement]:
         """The measurement of each configuration, in order; arguments and errors as ``iterate``."""
-        wanted = list(configurations)
+        wanted = list(several(configurations))
         found = dict(self._measured(wanted, metrics))
         return [found[index] for index in range(len(wanted))]
 
@@ -237,7 +238,7 @@ class Evaluator:
             ProbeError: a metric of the prefix where that is one token.
             ValueError: an unknown metric.
         """
-        return (measurement for _, measurement in self._measured(list(configurations), metrics))
+        return (measurement for _, measurement in self._measured(list(several(configurations)), metrics))
 
     def best(
         self,
@@ -277,7 +278,7 @@ class Evaluator:
             raise ValueError(f"a race is decided by {' or '.join(get_args(By))}, not by {by!r}")
         if self._first is None:
             raise ValueError(f"a race needs the fused layers; here run {self.engine}")
-        candidates = {name_of(each): each for each in configurations}
+        candidates = {name_of(each): each for each in several(configurations)}
         for configuration in candidates.values():
             check_configuration(self.decoder, configuration)
         known = [each for each in known if name_of(each.configuration) in candidates]

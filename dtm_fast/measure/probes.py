@@ -18,7 +18,7 @@ from dtm_fast.cache import cache_folder
 from dtm_fast.errors import ProbeError
 from dtm_fast.measure.completion import teacher_forced_greedy
 from dtm_fast.measure.forward import choice, lead, logits_before
-from dtm_fast.model import check_vocabulary, model_identity, tokenizer_identity
+from dtm_fast.model import check_eval_mode, check_vocabulary, model_identity, tokenizer_identity
 
 _FORMAT = 1  # raise when the meaning of what is cached changes
 
@@ -91,7 +91,7 @@ class Probes:
         Raises:
             ProbeError: if a length is not positive or beyond the model's context, the text is shorter than one
                 prefix, or ``other_than`` has prefixes of another length or all that the text has.
-            ModelError: if the tokenizer is of another vocabulary.
+            ModelError: if the model is in train mode, or the tokenizer of another vocabulary.
 
         Source: Deiseroth et al. 2023 (papers.md §1.1, §1.3).
         """
@@ -108,6 +108,7 @@ class Probes:
             raise ProbeError(
                 f"prefix + completion = {prefix} + {completion} is beyond the model's context of {context} tokens"
             )
+        check_eval_mode(model)
         check_vocabulary(model, tokenizer)
         prefixes = _cut(tokenizer, [text] if isinstance(text, str) else text, prefix)
         if other_than is not None:

@@ -1,7 +1,7 @@
 """The oracle: one plain teacher-forced Hugging Face pass per configuration, the weights swapped in."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from dtm_fast.measure.floor import Floor, self_divergence
 from dtm_fast.measure.forward import logits_before
 from dtm_fast.measure.measurement import EXTRA_METRICS, Measurement
 from dtm_fast.measure.probes import Probes
-from dtm_fast.model import Calibration, Decoder
+from dtm_fast.model import Calibration, Decoder, check_eval_mode
 
 
 class ReferenceEvaluator:
@@ -28,7 +28,7 @@ class ReferenceEvaluator:
         calibration: of ``model``, for treatments that look at a component's inputs.
 
     Raises:
-        ModelError: the model's components are not found, or the calibration is of another model.
+        ModelError: a model is in train mode, its components are not found, or the calibration is of another model.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class ReferenceEvaluator:
         self.model = model
         self.probes = probes
         self.base = model if base is None else base
+        check_eval_mode(self.model)
+        check_eval_mode(self.base)
         self.decoder = Decoder.of(model, calibration)
 
     def afresh(self) -> "ReferenceEvaluator":
@@ -76,7 +78,7 @@ class ReferenceEvaluator:
             ValueError: an unknown metric.
         """
         wanted = checked_metrics(metrics, self.probes)
-        for configuration in configurations:
+        for configuration in several(configurations):
             yield self._measure(configuration, wanted)
 
     def _measure(self, configuration: Configuration, metrics: frozenset[str]) -> Measurement:
@@ -100,8 +102,17 @@ class ReferenceEvaluator:
         return Measurement.of(configuration, seconds=time.perf_counter() - started, **joined(parts))
 
 
+def several(configurations: Iterable[Configuration]) -> Iterable[Configuration]:
+    """The same; raises ValueError where it is one configuration, of which a loop would see the components."""
+    if isinstance(configurations, Mapping):
+        raise ValueError("configurations: expected a list of configurations, not one")
+    return configurations
+
+
 def checked_metrics(metrics: Sequence[str], probes: Probes) -> frozenset[str]:
     """The names in ``metrics``, each once; raises as ``ReferenceEvaluator.iterate`` does."""
+    if isinstance(metrics, str):
+        raise ValueError(f"metrics: expected a list of names, not {metrics!r}")
     known = ("sdt", *EXTRA_METRICS)
     unknown = set(metrics) - set(known)
     if unknown:

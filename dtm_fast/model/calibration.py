@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dtm_fast.cache import cache_folder
-from dtm_fast.errors import InputError, ModelError
+from dtm_fast.errors import InputError
 from dtm_fast.model.decoder import Decoder
 from dtm_fast.model.identity import model_identity
 from dtm_fast.model.input_collection import collected
 from dtm_fast.model.input_statistics import InputStatistics
-from dtm_fast.model.soundness import check_vocabulary, first_line
+from dtm_fast.model.soundness import check_eval_mode, check_vocabulary, first_line
 
 _FORMAT = 1  # raise when the meaning of what is cached changes
 
@@ -64,10 +64,7 @@ class Calibration:
             MeasurementError: a component's input is NaN or infinite.
         """
         decoder = Decoder.of(model)
-        if model.training:
-            raise ModelError(
-                "calibration: the model is in train mode, where dropout changes its inputs: model.eval()"
-            )
+        check_eval_mode(model)
         _check_tokens(model, tokens)
         _check_whole("batch_size", batch_size)
         of_model = model_identity(model)

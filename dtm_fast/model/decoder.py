@@ -116,10 +116,12 @@ class Decoder:
             (full := f"{path}.{index}.{name}"): Component(full, index, name, module, inputs.get(full))
             for index, layer in enumerate(layers)
             for name, module in layer.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and torch.is_floating_point(module.weight)
+            if isinstance(module, (nn.Linear, Conv1D)) and _has_float_weight(module)
         }
-        # A model whose components are all accelerated has none left, but can be measured as it is.
-        if not components and not any(isinstance(each, LinearLayer) for each in layers.modules()):
+        # A model whose components are all accelerated, or packed, has none left, but can be measured as it is.
+        if not components and not any(
+            isinstance(each, (LinearLayer, nn.Linear)) for each in layers.modules()
+        ):
             raise ModelError(f"the layers of {type(model).__name__} ({path}) hold no weight matrix")
         fused = [name for name, parameter in layers.named_parameters() if parameter.dim() > 2]
         if fused:
@@ -143,6 +145,12 @@ class Decoder:
             near = difflib.get_close_matches(str(path), self.components, n=3, cutoff=0.5)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise ComponentError(f"the model has no component {path!r}{hint}") from None
+
+
+def _has_float_weight(module: nn.Module) -> bool:
+    """Not where it is packed: compressed-tensors' layers have none before their first call."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and torch.is_floating_point(weight)
 
 
 def components(model: nn.Module) -> list[str]:

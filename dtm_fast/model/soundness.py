@@ -61,6 +61,12 @@ def check_finite(name: str | Path, model: PreTrainedModel) -> None:
             raise ModelError(f"{name}: {path} holds {count} values that are NaN or infinite")
 
 
+def check_eval_mode(model: PreTrainedModel) -> None:
+    """Raise ModelError if dropout would make the model compute another thing at each pass."""
+    if model.training:
+        raise ModelError("the model is in train mode, where dropout changes what it computes: model.eval()")
+
+
 def check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path = "the model"
 ) -> None:

@@ -66,7 +66,8 @@ class Int8Linear(LinearLayer):
         layer.weight, scale = ops.quantize_int8(linear.weight)
         layer.weight_scale = scale[:, None]
         if linear.bias is not None:
-            layer.bias = linear.bias.detach().clone()
+            bias = linear.bias.detach()  # of float16 the layer takes neither inputs nor a bias
+            layer.bias = bias.float() if bias.dtype == torch.float16 else bias.clone()
         return layer.train(linear.training)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -76,8 +77,12 @@ class Int8Linear(LinearLayer):
         return self.linear_of((self.weight.float() * self.weight_scale).to(dtype), bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`ops.int8_linear(x, weight, weight_scale, bias)`: [..., K], float32 or bfloat16, to [..., N]."""
-        return ops.int8_linear(x, self.weight, self.weight_scale.squeeze(1), self.bias)
+        """`ops.int8_linear(x, weight, weight_scale, bias)`: [..., K], float32 or bfloat16, to [..., N].
+
+        Under torch.autocast x and bias are cast to its dtype first, as torch.nn.Linear does.
+        """
+        x, bias = self.autocast(x)
+        return ops.int8_linear(x, self.weight, self.weight_scale.squeeze(1), bias)
 
     def _load_from_state_dict(
         self,

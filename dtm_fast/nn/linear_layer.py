@@ -30,6 +30,13 @@ class LinearLayer(nn.Module):
             linear.bias = nn.Parameter(bias)
         return linear.train(self.training)
 
+    def autocast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x and the bias, under torch.autocast in its dtype, as torch.nn.Linear casts them."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return x, self.bias
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
     def extra_repr(self) -> str:
         """The sizes, as torch.nn.Linear prints them."""
         return (

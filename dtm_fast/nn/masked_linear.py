@@ -80,11 +80,9 @@ class MaskedLinear(LinearLayer):
         Under torch.autocast all are cast to its dtype first, as torch.nn.Linear does.
         """
         weight: torch.Tensor = self.weight
-        bias: torch.Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        x, bias = self.autocast(x)
         return ops.masked_linear(x, weight, self.mask, bias)
 
 

@@ -7,6 +7,8 @@ from torch import nn
 
 from dtm_fast import ops
 from dtm_fast.nn.linear_layer import LinearLayer
+from dtm_fast.ops import checks
+from dtm_fast.ops.library import is_recorded
 from dtm_fast.ops.sparse_linear import packed_sparse_linear
 
 _PACKED = ("values", "columns", "rows", "steps")
@@ -68,6 +70,8 @@ class SparseLinear(LinearLayer):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        if mask is not None:
+            checks.tensor("mask", mask, (torch.bool, torch.uint8))
         if mask is not None and mask.dtype == torch.bool:
             if mask.shape != linear.weight.shape:
                 raise ValueError(f"mask: expected shape {list(linear.weight.shape)}, got {list(mask.shape)}")
@@ -98,11 +102,8 @@ class SparseLinear(LinearLayer):
 
         Under torch.autocast x and bias are cast to its dtype first, as torch.nn.Linear does.
         """
-        bias: torch.Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        if x.is_cuda and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        x, bias = self.autocast(x)
+        if x.is_cuda and x.dtype == torch.bfloat16 and not is_recorded():
             bitmap = self._bitmap()
             if bitmap is not None:
                 return ops.bitmap_linear(x, bitmap, bias)

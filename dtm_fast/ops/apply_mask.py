@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 
 from dtm_fast.ops import backends, checks, native
-from dtm_fast.ops.library import register
+from dtm_fast.ops.library import is_recorded, register
 from dtm_fast.ops.mask_bits import check_packed, unpack_mask_reference
 
 
@@ -28,7 +28,7 @@ def apply_mask(weight: torch.Tensor, mask: torch.Tensor, *, backend: str | None 
         ValueError: shapes or devices do not fit, mask has bits set beyond K; backend is unknown.
         RuntimeError: backend cannot run.
     """
-    if torch.compiler.is_compiling() or (backend != "reference" and checks.gradient_needed(weight)):
+    if is_recorded() or (backend != "reference" and checks.gradient_needed(weight)):
         return cast(torch.Tensor, OPERATOR(weight, mask, backend))
     return _run(weight, mask, backend)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.bitmap_weight import BitmapWeight, check_shapes
-from dtm_fast.ops.library import register
+from dtm_fast.ops.library import is_recorded, register
 
 MOST_TOKENS = 16
 """Up to so many rows of x the kernel takes; for more the weight is expanded."""
@@ -40,7 +40,7 @@ def bitmap_linear(
     if not isinstance(weight, BitmapWeight):
         raise TypeError(f"weight: expected a BitmapWeight, got {type(weight).__name__}")
     packed = (weight.bits, weight.begins, weight.values, weight.N, weight.K)
-    if torch.compiler.is_compiling():
+    if is_recorded():
         checks.no_gradient_needed("bitmap_linear", x, weight.values, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, *packed, bias, backend))
     return _run(x, *packed, bias, backend)

@@ -216,6 +216,8 @@ def check_shapes(
     K: int,  # noqa: N803
 ) -> None:
     """Raise unless the tensors can be a packed weight [N, K], as far as their shapes and dtypes say."""
+    checks.count("N", N)
+    checks.count("K", K)
     cut = layout(N, K)
     checks.tensor("bits", bits, (torch.int32,))
     checks.tensor("begins", begins, (torch.int64,))

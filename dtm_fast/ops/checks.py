@@ -19,6 +19,18 @@ def tensor(name: str, value: object, dtypes: Collection[torch.dtype]) -> None:
     if value.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
+    if value.is_neg():  # torch negates it whenever it is read, and native code would not
+        raise TypeError(
+            f"{name}: expected values as they lie in memory, got a negated view; call .resolve_neg()"
+        )
+
+
+def count(name: str, value: object) -> None:
+    """Raise unless `value` is a whole number that is not negative, or what torch.compile puts in its place."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value}")
 
 
 def dims(name: str, value: torch.Tensor, shape: str, *allowed: int) -> None:
@@ -100,6 +112,8 @@ def contents(check: Callable[..., None], name: str, value: torch.Tensor, *argume
     if value.device.type == "cpu":
         check(name, value, *arguments)
         return
+    if value.is_meta:
+        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
     if capturing(value):
         return
     if value.is_inference():  # torch counts no versions

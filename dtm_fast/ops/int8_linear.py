@@ -5,7 +5,7 @@ from typing import cast
 import torch
 
 from dtm_fast.ops import backends, checks, native
-from dtm_fast.ops.library import register
+from dtm_fast.ops.library import is_recorded, register
 from dtm_fast.ops.quantize_int8 import quantize_rows_reference
 
 # |q_x * q_w| <= 128 * 128 = 2^14, so a sum over fewer than 2^17 products stays below 2^31.
@@ -43,7 +43,7 @@ def int8_linear(
 
     Source: LLM.int8(), Dettmers et al. 2022 (vector-wise quantization).
     """
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return cast(torch.Tensor, _OPERATOR(x, qweight, scale, bias, backend))
     return _run(x, qweight, scale, bias, backend)
 

@@ -1,4 +1,4 @@
-"""The operators of torch.ops.dtm_fast: what torch.compile sees instead of the Python functions."""
+"""The operators of torch.ops.dtm_fast: what torch.compile and torch.jit.trace see instead of the Python functions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,14 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("dtm_fast", "FRAGMENT")
+
+
+def is_recorded() -> bool:
+    """Whether torch.compile or torch.jit.trace records what runs, which sees operators and no native code."""
+    if torch.compiler.is_compiling():
+        return True
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing
 
 
 def register(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dtm_fast.ops import backends, checks, native
-from dtm_fast.ops.library import register
+from dtm_fast.ops.library import is_recorded, register
 
 
 def pack_mask(mask: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
@@ -27,7 +27,7 @@ def pack_mask(mask: torch.Tensor, *, backend: str | None = None) -> torch.Tensor
         ValueError: mask has no dimension; backend is unknown.
         RuntimeError: backend cannot run.
     """
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return cast(torch.Tensor, _PACK(mask, backend))
     return _run_pack(mask, backend)
 
@@ -55,7 +55,7 @@ def unpack_mask(
         ValueError: packed does not have ceil(K / 8) columns, or bits set beyond K; backend is unknown.
         RuntimeError: backend cannot run.
     """
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return cast(torch.Tensor, _UNPACK(packed, K, backend))
     return _run_unpack(packed, K, backend)
 
@@ -76,6 +76,7 @@ def unpack_mask_reference(packed: torch.Tensor, columns: int) -> torch.Tensor:
 
 def check_packed(name: str, packed: torch.Tensor, columns: int) -> None:
     """Raise unless packed can be a mask over rows of `columns` entries, as far as its shape and dtype say."""
+    checks.count("K", columns)
     checks.tensor(name, packed, (torch.uint8,))
     checks.at_least_one_dim(name, packed)
     checks.size(name, packed, packed.dim() - 1, (columns + 7) // 8, f"ceil(K / 8) for K = {columns}")

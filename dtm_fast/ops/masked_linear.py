@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.autocast import without_autocast
-from dtm_fast.ops.library import register
+from dtm_fast.ops.library import is_recorded, register
 from dtm_fast.ops.mask_bits import check_packed, unpack_mask_reference
 from dtm_fast.ops.masked_ladder import check_nested, masked_ladder_cpu, masked_ladder_reference
 from dtm_fast.ops.masked_linear_backward import backward, setup_context
@@ -58,7 +58,7 @@ def masked_linear(
 
     Source: panels packed for the cache as in Goto & van de Geijn 2008, the mask applied while packing.
     """
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend, nested))
     # The backward of the reference twin is what torch derives from it.
     if backend != "reference" and checks.gradient_needed(x, weight, bias):

@@ -3,7 +3,7 @@
 import torch
 
 from dtm_fast.ops import backends, checks, native
-from dtm_fast.ops.library import register
+from dtm_fast.ops.library import is_recorded, register
 
 
 def quantize_int8(weight: torch.Tensor, *, backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +29,7 @@ def quantize_int8(weight: torch.Tensor, *, backend: str | None = None) -> tuple[
 
     Source: Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 3.
     """
-    if torch.compiler.is_compiling():
+    if is_recorded():
         qweight, scale = _OPERATOR(weight, backend)
         return qweight, scale
     return _run(weight, backend)

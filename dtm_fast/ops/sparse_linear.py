@@ -6,7 +6,7 @@ import torch
 
 from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.autocast import without_autocast
-from dtm_fast.ops.library import register
+from dtm_fast.ops.library import is_recorded, register
 from dtm_fast.ops.sparse_weight import SparseWeight, check_shapes, entries
 
 
@@ -52,7 +52,7 @@ def packed_sparse_linear(
     backend: str | None = None,
 ) -> torch.Tensor:
     """As sparse_linear, of the tensors of a SparseWeight."""
-    if torch.compiler.is_compiling():
+    if is_recorded():
         checks.no_gradient_needed("sparse_linear", x, values, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, values, columns, rows, steps, N, K, bias, backend))
     return _run(x, values, columns, rows, steps, N, K, bias, backend)

@@ -110,6 +110,8 @@ class SparseWeight:
     @classmethod
     def empty(cls, N: int, K: int, device: torch.device | str | None = None) -> SparseWeight:  # noqa: N803
         """A weight [N, K] of which nothing is kept."""
+        checks.count("N", N)
+        checks.count("K", K)
         cut = layout(N, K)
         places = torch.arange(cut.rows, device=device)
         real = N - torch.arange(cut.panels, device=device) * cut.rows
@@ -273,6 +275,8 @@ def check_shapes(
     K: int,  # noqa: N803
 ) -> None:
     """Raise unless the tensors can be a packed weight [N, K], as far as their shapes and dtypes say."""
+    checks.count("N", N)
+    checks.count("K", K)
     cut = layout(N, K)
     checks.tensor("values", values, (torch.float32,))
     checks.tensor("columns", columns, (torch.uint8,))

@@ -10,7 +10,7 @@ from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.certificate import Certificate
 from dtm_fast.ops.certified_divergence import Mismatch, certified_mismatch
-from dtm_fast.ops.library import register
+from dtm_fast.ops.library import is_recorded, register
 
 _VOCABULARY_TILE = 128  # tokens of the smallest tile of a CUDA kernel (kSmallestVocabularyTile)
 _ROW_TILE = 128  # rows of hidden that a CUDA kernel takes at a time
@@ -111,7 +111,7 @@ def token_divergence(
     """
     if certificate is not None:
         return _certified_eagerly(hidden, lm_head, reference, certificate, backend)
-    if torch.compiler.is_compiling():
+    if is_recorded():
         checks.no_gradient_needed(
             "token_divergence", hidden, lm_head
         )  # the operator has none for any backend

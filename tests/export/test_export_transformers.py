@@ -53,6 +53,18 @@ def test_without_w8a8_the_logits_are_those_that_were_measured(export):
     assert torch.equal(logits(loaded(exported)), measured(exported))
 
 
+def test_what_is_loaded_is_measured_before_it_is_decompressed(export, make_probes):
+    """Everything packed, so that no weight is there before the first pass."""
+    base = tiny.model_of("llama")
+    exported = export(dict.fromkeys(dtm.components(base), Int8()), base)
+    other = AutoModelForCausalLM.from_pretrained(exported.folder, dtype="auto").eval()
+    probes = make_probes(base, 4)
+    (found,) = ReferenceEvaluator(other, probes, base=base).measure([{}], ["kl"])
+    (expected,) = ReferenceEvaluator(base, probes).measure([exported.configuration], ["kl"])
+    assert found.fdt.tolist() == expected.fdt.tolist()
+    assert torch.equal(found.kl, expected.kl)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_w8a8_they_are_those_of_its_own_arithmetic(export, dtype):
     exported = export(MIXED, model_in(dtype))

@@ -136,6 +136,11 @@ def test_a_text_shorter_than_a_prefix_is_refused(llama, text):
         probes_of(llama, text)
 
 
+def test_a_model_in_train_mode_is_refused(llama):
+    with pytest.raises(ModelError, match="the model is in train mode"):
+        probes_of(llama.train(), "abc " * 20)
+
+
 def test_a_tokenizer_of_another_vocabulary_is_refused(llama):
     with pytest.raises(ModelError, match="another vocabulary"):
         probes_of(llama, "abcdefghi", tokenizer=tiny.tokenizer_of_characters(extra=9))

@@ -8,7 +8,7 @@ import torch
 
 import dtm_fast as dtm
 from dtm_fast.compression import Configuration
-from dtm_fast.errors import ComponentError, MeasurementError, ProbeError, TreatmentError
+from dtm_fast.errors import ComponentError, MeasurementError, ModelError, ProbeError, TreatmentError
 from dtm_fast.measure import EXTRA_METRICS, ReferenceEvaluator
 from dtm_fast.model import model_identity
 
@@ -143,6 +143,22 @@ def test_the_batch_size_changes_only_who_is_computed_with_whom(llama, make_probe
     assert torch.equal(one.fdt, three.fdt)
     assert torch.equal(one.sdt, three.sdt)
     torch.testing.assert_close(one.dppl, three.dppl)
+
+
+@pytest.mark.parametrize("evaluator_of", [dtm.Evaluator, ReferenceEvaluator])
+def test_what_is_no_list_is_refused(llama, make_probes, evaluator_of):
+    evaluator = evaluator_of(llama, make_probes(llama, 2))
+    with pytest.raises(ValueError, match="configurations: expected a list of configurations, not one"):
+        evaluator.measure({UP: dtm.Int8()})
+    with pytest.raises(ValueError, match="metrics: expected a list of names, not 'dppl'"):
+        evaluator.measure([{}], "dppl")
+
+
+@pytest.mark.parametrize("evaluator_of", [dtm.Evaluator, ReferenceEvaluator])
+def test_a_model_in_train_mode_is_refused(llama, make_probes, evaluator_of):
+    probes = make_probes(llama, 2)
+    with pytest.raises(ModelError, match=r"the model is in train mode, .*: model.eval\(\)"):
+        evaluator_of(llama.train(), probes)
 
 
 def test_iterate_measures_one_at_a_time(llama_evaluator):

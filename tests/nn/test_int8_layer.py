@@ -32,6 +32,26 @@ def test_it_gives_what_the_operation_gives(bias: bool, dtype: torch.dtype) -> No
     assert float((y - linear(x)).norm() / linear(x).norm()) < 0.02
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_mixed_precision_casts_input_and_bias(bias: bool) -> None:
+    linear, layer = random_layer(bias=bias)
+    half = None if linear.bias is None else linear.bias.bfloat16()
+    for x in (torch.randn(5, 37), torch.randn(5, 37).bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert torch.equal(y, ops.int8_linear(x.bfloat16(), layer.weight, layer.weight_scale[:, 0], half))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_a_float16_layer_it_takes_what_it_can_multiply(dtype: torch.dtype) -> None:
+    linear, layer = random_layer(dtype=torch.float16)
+    x = torch.randn(5, 37).to(dtype)
+    expected = ops.int8_linear(x, *ops.quantize_int8(linear.weight), linear.bias.float())
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 def test_back_to_a_linear_it_is_the_treatment_int8(bias: bool, dtype: torch.dtype) -> None:

@@ -26,6 +26,22 @@ def test_every_isa_agrees_with_numpy_and_the_twin(isa: str, shape: tuple[int, ..
         assert torch.equal(unpacked, mask)
 
 
+@pytest.mark.parametrize(
+    ("K", "error", "complaint"),
+    [
+        (9.0, TypeError, "K: expected a whole number, got 9.0"),
+        (None, TypeError, "K: expected a whole number, got None"),
+        ("9", TypeError, "K: expected a whole number, got '9'"),
+        (True, TypeError, "K: expected a whole number, got True"),
+        (-1, ValueError, "K: expected a number of at least 0, got -1"),
+    ],
+)
+def test_a_number_of_columns_that_is_none_is_named(K: object, error: type, complaint: str) -> None:  # noqa: N803
+    packed = torch.zeros(3, 2 if K != -1 else 0, dtype=torch.uint8)
+    with pytest.raises(error, match=complaint):
+        ops.unpack_mask(packed, K)  # type: ignore[arg-type]
+
+
 def test_lowest_bit_first(backend: str) -> None:
     mask = torch.tensor([[True, False, False, False, False, False, False, False, False, True]])
     assert ops.pack_mask(mask, backend=backend).tolist() == [[1, 2]]

@@ -62,6 +62,47 @@ def test_compiles_without_graph_breaks(operation: str, dynamic: bool) -> None:
     assert_same(compiled(*values), function(*values))
 
 
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_what_torch_traces_computes_with_other_values_too() -> None:
+    x, weight = torch.randn(5, 37), torch.randn(11, 37)
+    mask, (qweight, scale) = ops.pack_mask(weight > 0), ops.quantize_int8(weight)
+    packed, reference = ops.SparseWeight.pack(weight), torch.arange(5)
+    functions: list[Callable[[torch.Tensor], Any]] = [
+        ops.quantize_int8,
+        lambda x: ops.int8_linear(x, qweight, scale),
+        lambda x: ops.masked_linear(x, weight, mask),
+        lambda x: ops.sparse_linear(x, packed),
+        lambda x: ops.apply_mask(x, ops.pack_mask(x > 0)),
+        lambda x: ops.unpack_mask(ops.pack_mask(x > 0), 37),
+        lambda x: ops.token_divergence(x[None], weight, reference[None])[1],
+    ]
+    for function in functions:
+        traced = torch.jit.trace(function, (x,))
+        other = torch.randn(5, 37)
+        assert_same(traced(other), function(other))
+
+
+def test_a_negated_view_is_refused() -> None:
+    """Its memory holds the negative values of what torch reads."""
+    x, weight = torch._neg_view(torch.randn(5, 37)), torch.randn(11, 37)
+    calls: list[Callable[[], Any]] = [
+        lambda: ops.quantize_int8(x),
+        lambda: ops.int8_linear(x, *ops.quantize_int8(weight)),
+        lambda: ops.masked_linear(x, weight, ops.pack_mask(weight > 0)),
+        lambda: ops.sparse_linear(x, ops.SparseWeight.pack(weight)),
+        lambda: ops.SparseWeight.pack(x),
+        lambda: ops.apply_mask(x, ops.pack_mask(x > 0)),
+        lambda: ops.token_divergence(x[None], weight, torch.zeros(1, 5, dtype=torch.int64)),
+    ]
+    for call in calls:
+        with pytest.raises(
+            TypeError, match=r"expected values as they lie in memory, .* call .resolve_neg\(\)"
+        ):
+            call()
+    assert_same(ops.quantize_int8(x.resolve_neg()), ops.quantize_int8(x.clone()))
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_runs_in_inference_mode_and_through_the_dispatcher(operation: str) -> None:
     function, values = arguments()[operation]

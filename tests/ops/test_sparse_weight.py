@@ -163,3 +163,13 @@ def test_the_layout_covers_all_rows_with_few_to_spare(N: int) -> None:  # noqa: 
     assert cut.rows <= 512
     assert N <= cut.panels * cut.rows < N + 16 * cut.panels
     assert cut.blocks == 3
+
+
+def test_sizes_that_are_none_are_named() -> None:
+    with pytest.raises(ValueError, match="N: expected a number of at least 0, got -3"):
+        ops.SparseWeight.empty(-3, 4)
+    with pytest.raises(ValueError, match="K: expected a number of at least 0, got -4"):
+        ops.SparseWeight.empty(3, -4)
+    weight = ops.SparseWeight.pack(torch.randn(7, 33))
+    with pytest.raises(TypeError, match=r"N: expected a whole number, got 7\.0"):
+        replace(weight, N=7.0)
