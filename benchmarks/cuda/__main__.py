@@ -8,6 +8,7 @@ import argparse
 import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks import machine
 from benchmarks.cuda import evaluation, kernels, seven_billion, unpacking
 
 DTYPES = ("float32", "bfloat16")
+SEVEN_BILLION = {"seven_billion": seven_billion.Size(), "seven_billion_float32": seven_billion.FLOAT32}
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file")
     parser.add_argument(
         "--only",
-        choices=["unpack_mask", "kernels", *kernels.PARTS, *DTYPES, "seven_billion"],
+        choices=["unpack_mask", "kernels", *kernels.PARTS, *DTYPES, *SEVEN_BILLION],
         help="one part",
     )
     parser.add_argument("--quick", action="store_true", help="few sizes")
@@ -95,22 +97,25 @@ def main(given: Sequence[str] | None = None) -> int:
         if options.only in (None, name):
             report["evaluator"][name] = evaluation.run(getattr(torch, name), device, options.components)
             save(evaluation.lines(name, report["evaluator"][name]))
-    if options.only in (None, "seven_billion"):
-        size = seven_billion.SMALL if report["trial"] else seven_billion.Size()
+    for name, size in SEVEN_BILLION.items():
+        if options.only in (None, name):
+            if report["trial"]:
+                size = replace(seven_billion.SMALL, dtype=size.dtype)
 
-        def keep(found: dict[str, Any]) -> None:
-            report["seven_billion"] = found
-            save([f"{found['seconds']:.0f} s"])
+            def keep(found: dict[str, Any], name: str = name) -> None:
+                report[name] = found
+                save([f"{found['seconds']:.0f} s"])
 
-        seven_billion.run(device, size, options.seconds or seven_billion.SECONDS, keep)
-        save(seven_billion.lines(report["seven_billion"]))
+            seven_billion.run(device, size, options.seconds or seven_billion.SECONDS, keep)
+            save(seven_billion.lines(report[name]))
     about = report["machine"]
     print(f"\n{about['gpu']}, torch {about['torch']}, {about['date']}", *text, sep="\n")
     wrong = [row["wrong"] for row in report.get("unpack_mask", {}).get("rows", []) if row["wrong"]]
     wrong += [row["wrong"] for each in report["kernels"].values() for row in each["rows"] if row["wrong"]]
     wrong += [each["certified"]["differing"] for each in report["kernels"].values() if "certified" in each]
     wrong += [each["sweep"]["beyond_floor"] for each in report["evaluator"].values()]
-    wrong += seven_billion.wrong(report.get("seven_billion", {}))
+    for name in SEVEN_BILLION:
+        wrong += seven_billion.wrong(report.get(name, {}))
     return 1 if any(wrong) or any(each["base_diverges"] for each in report["evaluator"].values()) else 0
 
 

@@ -7,6 +7,7 @@
 #   kernels   every kernel beside its peers: python -m benchmarks.cuda, with the arguments in $KERNELS
 #   bench     python -m benchmarks.cuda, all of it
 #   seven     the evaluator on the shape of Llama 2 7B, random weights, with the arguments in $SEVEN
+#   seven_float32  half of its layers in float32, FDT by differences to the base
 #   paper     python -m benchmarks.paper_tables, with the arguments in $PAPER
 # Logs and figures go to $OUT. A stage that fails stops no other; the exit status says whether any did.
 # Where Python packages are missing, their wheels may lie in .gpu/whl; where SmolLM2's package is, its GGUF file may lie
@@ -124,6 +125,11 @@ bench() {
 seven() {
   # shellcheck disable=SC2086  # several arguments
   timeout 400 python3 -m benchmarks.cuda --out "$OUT/cuda.json" --only seven_billion ${SEVEN:-}
+}
+
+seven_float32() {
+  # shellcheck disable=SC2086  # several arguments
+  timeout 400 python3 -m benchmarks.cuda --out "$OUT/cuda.json" --only seven_billion_float32 ${SEVEN:-}
 }
 
 paper() {

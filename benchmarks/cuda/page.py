@@ -66,10 +66,10 @@ def certified_line(found: Mapping[str, Any]) -> str:
 def seven_lines(found: Mapping[str, Any]) -> list[str]:
     size = found["size"]
     text = [
-        f"A model of Llama 2 7B's shape ({size['layers']} layers of {size['hidden']}, bfloat16), {size['probes']} "
-        f"probes of {size['length']} + {size['length']} tokens, int8 on one component. The loop swaps the weight, "
-        "reads all probes in one batch without a cache, and takes the logits of completions alone; times are of one "
-        "configuration.",
+        f"A model of Llama 2 7B's shape ({size['layers']} layers of {size['hidden']}, {size['dtype']}), "
+        f"{size['probes']} probes of {size['length']} + {size['length']} tokens, int8 on one component. The "
+        "loop swaps the weight, reads all probes in one batch without a cache, and takes the logits of completions "
+        "alone; times are of one configuration.",
         "",
         "| model | loop | sweep of all, FDT of every probe | × the loop | race for the best ten | × the loop |",
         "|---|---|---|---|---|---|",
@@ -132,8 +132,10 @@ def section(report: Mapping[str, Any], source: str) -> str:
             text += ["", f"{found['left_out']} rows were left out for want of time."]
         if "certified" in found:
             text += ["", certified_line(found["certified"])]
-    if "seven_billion" in report:
-        text += ["", "### The evaluator", "", *seven_lines(report["seven_billion"])]
+    for part in ("seven_billion", "seven_billion_float32"):
+        if part in report:
+            engine = report[part]["peaked"]["engine"]
+            text += ["", f"### The evaluator: {engine}", "", *seven_lines(report[part])]
     return "\n".join(text)
 
 

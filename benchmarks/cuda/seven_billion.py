@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -51,9 +51,15 @@ class Size:
     vocabulary: int = 32000
     probes: int = 64
     length: int = 100
+    dtype: str = "bfloat16"
+
+    @property
+    def engine(self) -> Literal["torch", "differences"]:
+        """The evaluator's layers: in float32 FDT comes from differences to the base."""
+        return "differences" if self.dtype == "float32" else "torch"
 
     def model(self, device: torch.device) -> PreTrainedModel:
-        """Random weights of a spread of 0.02, in bfloat16, made on the device."""
+        """Random weights of a spread of 0.02, made on the device."""
         config = LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -66,10 +72,12 @@ class Size:
         )
         torch.manual_seed(0)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
         return model.eval().requires_grad_(False)
 
 
+# Half of the layers, so that what the base has within them fits the device beside the weights in float32.
+FLOAT32 = Size(layers=16, dtype="float32")
 SMALL = Size(layers=4, hidden=256, intermediate=512, heads=4, vocabulary=1000, probes=8, length=24)
 
 
@@ -86,7 +94,7 @@ class Bench:
         self.probes = dtm.Probes._complete(model, prefixes, size.length, size.probes)
         self.probe_seconds = self._now() - started
         memory, started = Memory(device), self._now()
-        self.evaluator = dtm.Evaluator(model, self.probes, layers="torch")
+        self.evaluator = dtm.Evaluator(model, self.probes, layers=size.engine)
         self.build_seconds, self.base_mib = self._now() - started, memory.held()
         print(f"probes in {self.probe_seconds:.1f} s, evaluator in {self.build_seconds:.1f} s", flush=True)
         self.decoder = self.evaluator.decoder
@@ -315,7 +323,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     """The tables, as text."""
     size = result["size"]
     text = [
-        f"{size['layers']} layers of {size['hidden']}, random weights in bfloat16, {size['probes']} probes of "
+        f"{size['layers']} layers of {size['hidden']}, random weights in {size['dtype']}, {size['probes']} probes of "
         f"{size['length']} + {size['length']} tokens, int8; {result['seconds']:.0f} s in all, the model made in "
         f"{result['model_seconds']:.1f} s"
     ]
@@ -383,7 +391,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a trial: no figure means anything")
     parser.add_argument("--json", action="store_true", help="print all figures")
     for name, value in vars(Size()).items():
-        parser.add_argument(f"--{name}", type=int, help=f"default {value}")
+        parser.add_argument(f"--{name}", type=type(value), help=f"default {value}")
     options = parser.parse_args()
     given = {name: value for name in vars(Size()) if (value := getattr(options, name)) is not None}
     result = run(torch.device(options.device), Size(**(vars(SMALL if options.small else Size()) | given)))

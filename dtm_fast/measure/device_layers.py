@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dtm_fast.compression import Configuration, compressed_weight
+from dtm_fast.measure.device_change import BaseStates, TreatedWeight, base_states, run_change
 from dtm_fast.measure.device_layer import DeviceLayer, KeysAndValues, moved
 from dtm_fast.measure.device_rows import has_triton
 from dtm_fast.measure.layer_graphs import CudaGraphs, LayerGraphs
@@ -33,15 +34,17 @@ _KEPT = 2**28  # bytes of compressed weights, or a quarter of what states may ta
 class DeviceLayers:
     """Runs layers on some of the probes and some of their positions, in the model's dtype.
 
-    As ``FusedLayers``, but a state is in the model's dtype and holds no differences, and a product rounds by its
-    shape. So configurations share no states but the base's, that what is measured beside a configuration changes none
-    of its bits.
+    As ``FusedLayers``, but a state is in the model's dtype, and a product rounds by its shape. So configurations share
+    no states but the base's, that what is measured beside a configuration changes none of its bits.
 
     Args:
         layers: from ``device_layers_of``.
         model_layers: the same layers by transformers, with the base's states.
         memory: bytes that the base's states may take; of compressed weights a quarter of that is kept.
         shares: in which parts to read a completion; by default as many as are worth it.
+        by_differences: whether the fastest arithmetic is ``Arithmetic.CHANGE``, of a float32 model; ``memory`` then
+            holds the base's states within the layers too, those of the last layers first, and a layer without them is
+            computed exactly.
     """
 
     shares_parts = False
@@ -52,8 +55,9 @@ class DeviceLayers:
         model_layers: ModelLayers,
         memory: int = 0,
         shares: Sequence[float] | None = None,
+        by_differences: bool = False,
     ) -> None:
-        """Computes nothing yet."""
+        """Computes nothing yet, but by differences the base's states."""
         probes, model = model_layers.probes, model_layers.decoder.model
         self.decoder: Decoder = model_layers.decoder
         self.depth = len(layers)
@@ -64,8 +68,11 @@ class DeviceLayers:
         self.treatments: Mapping[int, Configuration] = {}
         self._layers = layers
         self._model_layers = model_layers
+        self._by_differences = by_differences
         self._shares = tuple(shares) if shares else self._worthwhile()
         self._weights = _Weights(self.decoder, max(_KEPT, memory // 4))
+        self._rounded: dict[str, Tensor] = {}
+        self._inner: dict[int, BaseStates] = {}
         self._paths = {path for layer in layers for path in layer.paths}
         self._earlier: dict[int, tuple[list[int], KeysAndValues]] = {}
         self._whole: tuple[int, Tensor] | None = None
@@ -73,15 +80,18 @@ class DeviceLayers:
         self._own = TensorStore()
         self._norm: Any = model.base_model.norm
         # One part is a layer that takes less than its launches, and always of the same shape.
-        launches_dominate = model.device.type == "cuda" and self._shares == _ONE_SHARE
+        launches_dominate = model.device.type == "cuda" and self._shares == _ONE_SHARE and not by_differences
         self._graphs = LayerGraphs(layers, CudaGraphs(model.device)) if launches_dominate else None
+        if by_differences:
+            assert self.exact == Arithmetic.FLOAT32
+            self._record(memory)
 
     @property
     def engine(self) -> str:
         """What runs, in a few words."""
         kernels = " and Triton" if has_triton(self.decoder.model.device) else ""
         how = "" if self._graphs is None else ", in CUDA graphs"
-        return f"layers in parts by torch{kernels}, {self.exact.name.lower()}{how}"
+        return f"layers in parts by torch{kernels}, {self.arithmetic.name.lower()}{how}"
 
     def rebased(
         self, configuration: Configuration, memory: int | None = None, rooms: Sequence[Any] = ()
@@ -92,13 +102,13 @@ class DeviceLayers:
         other = copy.copy(self)
         other._origin = self
         other.treatments = layers_of(self.decoder, configuration)
-        other._own, other._whole = TensorStore(memory), None
-        other._record()
+        other._own, other._whole, other._inner = TensorStore(memory), None, {}
+        other._record(memory)
         return other
 
     def states_given_up(self) -> list[Any]:
         """Lets go of its states; it cannot run any more."""
-        self._own, self._whole = TensorStore(), None
+        self._own, self._whole, self._inner = TensorStore(), None, {}
         return []
 
     @property
@@ -108,12 +118,12 @@ class DeviceLayers:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """The only one."""
-        return self.exact
+        """The fastest one."""
+        return Arithmetic.CHANGE if self._by_differences else self.exact
 
     @property
     def finer(self) -> tuple[Arithmetic, ...]:
-        """The only one, which leaves no doubts."""
+        """What settles doubts that differences leave."""
         return (self.exact,)
 
     def shares(self, has_referee: bool) -> Sequence[float]:
@@ -152,18 +162,18 @@ class DeviceLayers:
             layer: its number.
             treatments: of its components.
             x: the state before it, for positions first .. end - 1.
-            arithmetic: the only one.
+            arithmetic: the fastest or the exact one.
             rows: which probes these are.
             first: the first position. Those before it are what this layer was run on last, with the same treatments
                 here and below, for at least these rows.
             end: behind the last position.
             first_output: of positions before this one only keys and values are wanted.
             lengths: not looked at: all rows are run to the end.
-            kv: must be None.
+            kv: not None where nothing is to be known of this run afterwards; then ``first`` is 0.
         """
-        assert arithmetic == self.exact
-        assert kv is None
         rows, end = list(rows), self.positions if end is None else end
+        if arithmetic.is_change:
+            return self._run_change(layer, treatments, x, rows, first, end, max(0, first_output - first))
         if x is None:
             x = self.base(layer, rows, first, end)
         if not self.can_run_in_parts(treatments):
@@ -171,6 +181,9 @@ class DeviceLayers:
             assert x.shape[1] == self.positions
             return self._model_layers.advance_whole(x, layer, treatments)
         skip = max(0, first_output - first)
+        if kv is not None:
+            weights = {path: self._weights.of(path, treatments) for path in treatments}
+            return self._layers[layer].run(x, weights, None, skip)[0]
         if self._graphs is not None and not treatments and first == 0 and end == self.positions:
             self._earlier.pop(layer, None)
             return self._graphs.run(layer, x, skip)
@@ -186,12 +199,63 @@ class DeviceLayers:
         self, state: Tensor | None, arithmetic: Arithmetic, rows: Sequence[int], first: int, end: int
     ) -> Tensor:
         """What the head multiplies: the final norm of a state of positions first .. end - 1."""
-        state = self.base(self.depth, rows, first, end) if state is None else state
+        if state is None or arithmetic.is_change:
+            base = self.base(self.depth, rows, first, end)
+            state = base if state is None else base + state
         return self._norm(state)  # type: ignore[no-any-return]
 
     def new_kv(self, rows: int) -> Tensor:
-        """Never asked for: nothing is in doubt."""
-        raise NotImplementedError
+        """Nothing, for keys and values of layers that are run once are kept nowhere."""
+        return torch.empty(0)
+
+    @torch.no_grad()
+    def _run_change(
+        self,
+        layer: int,
+        treatments: Configuration,
+        change: Tensor | None,
+        rows: list[int],
+        first: int,
+        end: int,
+        skip: int,
+    ) -> Tensor:
+        """The difference behind a layer from that before it."""
+        x = self.base(layer, rows, first, end)
+        if layer not in self._inner:
+            state = x if change is None else x + change
+            out = self.run(layer, treatments, state, self.exact, rows, first, end, first + skip)
+            return out - self.base(layer + 1, rows, first, end)
+        own, paths = self._layers[layer], self._layers[layer].paths
+        base = self.treatments.get(layer, {})
+        treated = {}
+        for index, path in enumerate(paths):
+            its, was = treatments.get(path), base.get(path)
+            if (its and its.key) != (was and was.key):
+                weight = self._weight_of(path, treatments)
+                difference = (weight - self._weight_of(path, base)).bfloat16()
+                treated[index] = TreatedWeight(weight.bfloat16(), difference)
+        earlier = self._earlier_of(layer, rows) if first > 0 and layer in self._earlier else None
+        self._earlier.pop(layer, None)
+        rounded = [self._rounded_weight(path, base) for path in paths]
+        out, known = run_change(
+            own, x, self._inner[layer].of(rows, first, end), change, rounded, treated, earlier, skip
+        )
+        if end < self.positions and known is not None:
+            self._earlier[layer] = rows, known
+        return out
+
+    def _weight_of(self, path: str, treatments: Configuration) -> Tensor:
+        if path in treatments:
+            return self._weights.of(path, treatments)
+        return self.decoder.component(path).weight
+
+    def _rounded_weight(self, path: str, base: Configuration) -> Tensor:
+        """That of the base in bfloat16."""
+        if path in base:
+            return self._weight_of(path, base).bfloat16()
+        if path not in self._rounded:
+            self._rounded[path] = self.decoder.component(path).weight.detach().bfloat16()
+        return self._rounded[path]
 
     @torch.no_grad()
     def base_by_itself(self, prefix: int) -> Tensor:
@@ -225,16 +289,30 @@ class DeviceLayers:
         return self._whole[1][:, : self.positions]
 
     @torch.no_grad()
-    def _record(self) -> None:
+    def _record(self, memory: int | None) -> None:
+        """The states of a base that is a configuration, and by differences those within the layers of any base."""
         start = first_difference(self.treatments, {}, self.depth)
+        column = 4 * self.count * self.positions  # bytes of one, of every state
+        size = column * (sum(self.shape.widths.values()) - self.shape.hidden)
+        left = None if memory is None else max(0, memory - (self.depth + 1) * column * self.shape.hidden)
+        kept = self.depth if left is None else min(self.depth, left // size)
         x: Tensor | None = None
-        for layer in range(start, self.depth):
-            x = self.run(layer, self.treatments.get(layer, {}), x, self.exact, range(self.count))
-            self._own.put(layer + 1, x)
+        for layer in range(self.depth):
+            treatments = self.treatments.get(layer, {})
+            if self._by_differences and layer >= self.depth - kept:
+                before = self.base(layer, range(self.count)) if x is None else x
+                weights = {path: self._weights.of(path, treatments) for path in treatments}
+                self._inner[layer], after = base_states(self._layers[layer], before, weights)
+            elif layer >= start:
+                after = self.run(layer, treatments, x, self.exact, range(self.count))
+            if layer >= start:
+                x = after
+                self._own.put(layer + 1, x)
 
     def _worthwhile(self) -> tuple[float, ...]:
         weights = sum(module.weight.numel() for _, module in self._layers[0].parts.projections)
-        seconds = 2 * weights * self.count * self.positions / _RATES[self.decoder.model.dtype]
+        of_products = torch.bfloat16 if self._by_differences else self.decoder.model.dtype
+        seconds = 2 * weights * self.count * self.positions / _RATES[of_products]
         if seconds < _WORTH_FEW * _SECONDS_OF_A_LAYER:
             return _ONE_SHARE
         return _FEW_SHARES if seconds < _WORTH_MANY * _SECONDS_OF_A_LAYER else _SHARES

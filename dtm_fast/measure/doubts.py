@@ -52,7 +52,7 @@ def _settled_by(
         return []
     lengths = [prefix + doubt.positions[-1] for doubt in doubts]  # a position predicts the token behind it
     end = max(lengths)
-    x = torch.zeros(len(doubts), end, layers.shape.hidden)
+    x = torch.zeros(len(doubts), end, layers.shape.hidden, device=layers.decoder.model.device)
     kv = layers.new_kv(len(doubts))
     starts = [doubt.start for doubt in doubts]
     for layer in range(min(starts), layers.depth):
@@ -83,7 +83,7 @@ def _settled_by(
         hidden.append(layers.head_input(state, arithmetic, [doubt.probe], at, at + 1)[0])
         errors.append(error_of(arithmetic, layers.depth - doubt.start, layers.shape.hidden))
     probes, positions = [doubt.probe for doubt, _, _ in places], [position for _, _, position in places]
-    decided = head.decide_at(torch.cat(hidden), probes, positions, errors)
+    decided = head.decide_at(torch.cat(hidden), probes, positions, errors).cpu()
     left = []
     counts = [len(doubt.positions) for doubt in doubts]
     columns = (each.split(counts) for each in (decided.mismatch, decided.certain, decided.lead))

@@ -33,8 +33,9 @@ from dtm_fast.model import Calibration, Decoder, check_eval_mode
 from dtm_fast.model.gated_decoder import LayerParts
 from dtm_fast.ops.decoder_layer import States
 
-Engine: TypeAlias = Literal["auto", "fused", "torch", "transformers"]
-"""Which layers run: this package's kernels, torch's operations on parts of the text, or the model's own layers."""
+Engine: TypeAlias = Literal["auto", "fused", "torch", "differences", "transformers"]
+"""Which layers run: this package's kernels, torch's operations on parts of the text, exactly or on differences to the
+base, or the model's own layers."""
 
 
 class Evaluator:
@@ -47,8 +48,10 @@ class Evaluator:
             free. Less makes it slower, and what cannot be left out goes to the host's memory, of a GPU, or to a file
             (TMPDIR).
         layers: ``"fused"`` for this package's kernels, ``"torch"`` for torch's operations on parts of the text (FDT
-            and SDT; other metrics come from the model's own layers), ``"transformers"`` for the model's own layers,
-            ``"auto"`` on a CPU for the kernels and on a GPU for torch's operations, where they can run.
+            and SDT; other metrics come from the model's own layers), ``"differences"`` for the same with FDT from
+            differences to the base, whose products are in bfloat16 and whose doubts are settled in float32 (of a
+            float32 model), ``"transformers"`` for the model's own layers, ``"auto"`` on a CPU for the kernels and on a
+            GPU for torch's operations, where they can run.
         calibration: of this model, for treatments that look at a component's inputs.
 
     Raises:
@@ -81,11 +84,15 @@ class Evaluator:
         if parts is not None:
             self._layers = FusedLayers(parts, self._model_layers, store, memory)
         elif in_torch is not None:
-            self._layers = DeviceLayers(in_torch, self._model_layers, memory)
+            self._layers = DeviceLayers(
+                in_torch, self._model_layers, memory, by_differences=layers == "differences"
+            )
         if self._layers is not None:
             self.engine = self._layers.engine
         provable = self._model_layers.plain_head and can_prove(model.get_output_embeddings().weight)
         fused = self._layers if isinstance(self._layers, FusedLayers) else None
+        if layers == "differences" and not provable:
+            raise ModelError("differences need a head of which decisions can be proved")
         self._head = self._head_of(fused) if provable else None
         self._first: FirstPass | None = None
         decides: PartHead | None = None
@@ -100,7 +107,9 @@ class Evaluator:
             return None, None, ""
         tokens = self.probes.tokens[:1]
         try:
-            if layers == "torch" or (layers == "auto" and self.model.device.type == "cuda"):
+            if layers == "differences" and self.model.dtype != torch.float32:
+                raise ModelError(f"the model is in {self.model.dtype}, and differences are for float32")
+            if layers in ("torch", "differences") or (layers == "auto" and self.model.device.type == "cuda"):
                 return None, device_layers_of(self.decoder, tokens), ""
             return checked_parts(self.decoder, tokens), None, ""
         except ModelError as error:
@@ -114,7 +123,7 @@ class Evaluator:
 
     def _part_head(self, layers: FusedLayers | DeviceLayers) -> PartHead:
         """What decides of parts that these layers read; that of the model's own states is made already."""
-        if isinstance(layers, DeviceLayers):
+        if isinstance(layers, DeviceLayers) and not layers.arithmetic.is_change:
             module: Any = self.model.get_output_embeddings()
             completions = self.probes.tokens[:, self.probes.prefix :]
             return WholeHead(module.weight, self._head_input(layers), completions)

@@ -144,7 +144,7 @@ def first_divergence(
                         0 if arithmetic.is_change else layers.base(layers.depth, [probe], at, end)[0, unread]
                     )
             hidden = layers.head_input(x, arithmetic, read, at, end)
-            decided = head.decide(hidden, read, begin, error, until_mismatch=True)
+            decided = head.decide(hidden, read, begin, error, until_mismatch=True).cpu()
             diverged = _take_in(found, decided, read, begin, begins, stops)
             alive = [probe for probe in alive if probe not in diverged]
             begins = [max(own) for own in zip(begins, stops, strict=True)]

@@ -124,7 +124,9 @@ class FirstPass:
                 for probe, positions in found.uncertain.items()
             ]
             waiting.append(_Waiting(indices, configuration, found, doubts))
-            if not doubts or sum(len(each.doubts) for each in waiting) >= _DOUBTS:
+            # Where products round by their shape, configurations are not settled together.
+            full = _DOUBTS if self._layers.shares_parts else 1
+            if not doubts or sum(len(each.doubts) for each in waiting) >= full:
                 ready = waiting if doubts else [waiting.pop()]
                 yield from self._settled(ready, contest)
                 waiting = [] if doubts else waiting

@@ -37,6 +37,10 @@ class Decisions:
     certain: Tensor
     lead: Tensor
 
+    def cpu(self) -> "Decisions":
+        """The same on the CPU, where each of them can be looked at without waiting for a GPU."""
+        return Decisions(self.mismatch.cpu(), self.certain.cpu(), self.lead.cpu())
+
 
 class Head:
     """The head of a model whose logits are a product with one weight and nothing else.

