@@ -24,6 +24,8 @@ from dtm_fast.plan.recorded import OnFinished
 out = Console()
 err = Console(stderr=True)
 
+_LINE_EVERY = 60.0  # seconds between two lines of a progress without an end
+
 
 def show_error(message: str) -> None:
     """One line on standard error, never wrapped, so that it can be searched for."""
@@ -41,10 +43,16 @@ def show_written(path: object) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int, quiet: bool) -> Iterator[OnFinished]:
+def progress(title: str, total: int | None, quiet: bool) -> Iterator[OnFinished]:
     """A bar with an ETA on standard error, or a line every tenth where that is no terminal.
 
     Yields what an evaluator calls after each measurement.
+
+    Args:
+        title: stands before it.
+        total: about how many measurements there will be; None where nobody can know: then there is no ETA, and a line
+            a minute instead of every tenth.
+        quiet: nothing of this.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -58,27 +66,30 @@ def progress(title: str, total: int, quiet: bool) -> Iterator[OnFinished]:
     )
     with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as bar:
         task = bar.add_task(title, total=total, last="", speed="")
-        started, done, measured = time.monotonic(), 0, 0
+        started = said = time.monotonic()
+        done = measured = 0
 
         def on_finished(measurement: Measurement, known: bool) -> None:
-            nonlocal done, measured
+            nonlocal done, measured, said
             done, measured = done + 1, measured + (not known)
             last = next(iter(measurement.configuration), "") if len(measurement.configuration) == 1 else ""
-            # A plan's bisection may need a few measurements more than could be known beforehand.
-            rate = measured / max(time.monotonic() - started, 1e-9)
+            now = time.monotonic()
+            rate = measured / max(now - started, 1e-9)
             speed = f"{rate:.2g} configurations/s" if measured else ""
             shown = "known" if known else last
-            bar.update(task, completed=done, total=max(total, done), last=shown, speed=speed)
-            if (
-                not quiet
-                and not err.is_terminal
-                and measured
-                and done * 10 // total > (done - 1) * 10 // total
-            ):
-                left = max(0, total - done) / rate
-                show_note(f"{title}: {done}/{total}, {speed}, ETA {left:.0f} s")
+            # A plan's bisection may need a few measurements more than could be known beforehand.
+            most = None if total is None else max(total, done)
+            bar.update(task, completed=done, total=most, last=shown, speed=speed)
+            if quiet or err.is_terminal or not measured:
+                return
+            if total is None and now - said >= _LINE_EVERY:
+                said = now
+                show_note(f"{title}: {done} measured, {speed}")
+            elif total is not None and done * 10 // total > (done - 1) * 10 // total:
+                show_note(f"{title}: {done}/{most}, {speed}, ETA {max(0, total - done) / rate:.0f} s")
 
         yield on_finished
+        bar.update(task, total=done)
 
 
 def show_floor(floor: Floor) -> None:

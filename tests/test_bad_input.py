@@ -1,5 +1,6 @@
 """Whatever cannot be used ends with exit code 2, one line that names it, and nothing written."""
 
+import fcntl
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config, ViTConfig
 
 import dtm_fast as dtm
+from dtm_fast.cli import setting
 from dtm_fast.errors import ComponentError, ModelError, ProbeError, TreatmentError
 
 SMALL = ("--prefix", 8, "--completion", 6, "--probes", 2)
@@ -203,7 +205,7 @@ OPTIONS = {
     "--completion 0": "completion must be a whole number of at least 1, not 0",
     "--completion -1": "completion must be a whole number of at least 1, not -1",
     "--completion 999": r"8 \+ 999 is beyond the model's context of 128 tokens",
-    "--probes 0": "count must be a whole number of at least 1, not 0",
+    "--probes 0": "probes must be a whole number of at least 1, not 0",
     "--batch-size 0": "batch_size must be a whole number of at least 1, not 0",
     "--text {short}": "the text is shorter than one prefix: 3 tokens, a prefix has 8",
     "--text {empty}": r"empty\.txt: holds no text",
@@ -295,10 +297,19 @@ def assert_only_refused(ended, expected: str) -> None:
     assert re.search(expected, ended.errors[0]), ended.errors[0]
 
 
-def test_a_run_of_another_model(swept, tmp_path, command):
+def test_a_run_in_use_is_refused_before_the_model_is_loaded(swept, command, monkeypatch):
+    run, arguments = swept
+    monkeypatch.setattr(setting, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with open(run / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_only_refused(command(*arguments), "in use by another dtm-fast process")
+
+
+def test_a_run_of_another_model(swept, tmp_path, command, monkeypatch):
     run, (name, _, *options) = swept
     before = finished(run)
     tiny.save(tmp_path / "other", tiny.model_of("llama", seed=1))
+    monkeypatch.setattr(dtm.Probes, "from_text", lambda *_, **__: pytest.fail("the base writes"))
     assert_only_refused(command(name, tmp_path / "other", *options), "this run's model differs")
     assert finished(run) == before
 
@@ -379,6 +390,31 @@ def test_names_are_shown_as_they_are(tmp_path, text_file, command):
     ended = command("sweep", folder, "--run", tmp_path / "run", "--text", text_file)
     assert_refused(ended, "no config.json", tmp_path / "run")
     assert ended.errors[0].startswith(f"error: {folder}: ")
+
+
+@pytest.mark.parametrize("name", ["doctor", "sweep", "report"])
+def test_an_instruction_set_that_cannot_be_used_is_refused_before_anything_is_loaded(
+    tmp_path, command, monkeypatch, name
+):
+    monkeypatch.setenv("DTM_FAST_CPU_ISA", "foo")
+    arguments = {"doctor": (), "sweep": ("none", "--run", tmp_path / "run"), "report": (tmp_path / "run",)}
+    ended = command(name, *arguments[name])
+    assert_refused(ended, "error: DTM_FAST_CPU_ISA=foo: possible here: reference", tmp_path / "run")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_an_output_that_cannot_be_written_is_said_in_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "dtm_fast", "doctor", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.stderr == "error: the output cannot be written: No space left on device\n"
+    assert ended.returncode == 2
 
 
 @pytest.mark.process

@@ -251,6 +251,23 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tiny_folder, tmp_path, comma
     assert len(finished(tmp_path / "run")) == 5
 
 
+def test_ctrl_c_while_completions_are_written_ends_with_130_and_a_line(
+    tiny_folder, tmp_path, command, options, monkeypatch
+):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dtm.Probes, "from_text", interrupted)
+    for arguments in (
+        ("sweep", tiny_folder, "--run", tmp_path / "run"),
+        ("evaluate", tiny_folder, tiny_folder),
+    ):
+        ended = command(*arguments, *options)
+        assert ended.code == 130
+        assert ended.err.splitlines()[-1] == "interrupted: what was not finished is not kept"
+    assert not (tmp_path / "run").exists()
+
+
 def test_bfloat16_is_asked_for_and_used(tiny_folder, tmp_path, command, options):
     command("sweep", tiny_folder, "--run", tmp_path / "run", *options, "--dtype", "bfloat16")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["model"]["dtype"] == "bfloat16"

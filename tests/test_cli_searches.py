@@ -1,10 +1,12 @@
 """The commands of the searches, and a plan exported and brought back."""
 
 import json
+import re
 
 import pytest
 
 import dtm_fast as dtm
+from dtm_fast.cli import setting
 from dtm_fast.errors import TrainingError
 from dtm_fast.plan import Plan, reached_by, recovered_rounds
 from dtm_fast.runs import RunDirectory
@@ -129,24 +131,10 @@ def test_treatments_that_look_at_activations(search):
     [
         (("prune", "--steps", "20,x"), "steps: numbers with commas between, such as 20,15,10; not '20,x'"),
         (("prune", "--steps", "80,30"), "steps: they may add up to 1, not to 1.1"),
-        (
-            ("joint", "--budget", 1, "--treatment", "int8"),
-            "budget: 1 effective bits cannot be reached; the smallest that these treatments",
-        ),
-        (
-            ("joint", "--budget", 8, "--treatment", "int4(48)"),
-            "needs a K that is a multiple of 48, and K = 32",
-        ),
-        (("beam", "--depth", 99), "depth: 1 … 21 (units), not 99"),
         (("compare", "--budget", 8, "--by", "taste"), "no harm 'taste'; known: fdt, sdt"),
         (
             ("compare", "--budget", 8, "--by", "perplexity", "--prefix", 1),
             "needs prefixes of at least 2 tokens, not 1",
-        ),
-        (("compare", "--budget", 1), "budget: 1 effective bits cannot be reached"),
-        (
-            ("joint", "--budget", 1e305, "--treatment", "int8"),
-            "budget: 1e+305 effective bits cannot be reached",
         ),
         (("prune", "--batch", 8), "options of a training (--masked-steps, --batch …) need --recover"),
         (("sweep", "--evaluator", "reference", "--memory", 1), "memory: the reference keeps no states"),
@@ -174,6 +162,79 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_measured(
             assert len(directory.journal) == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("sweep", "--calibration", "nope.txt"),
+            "nope.txt: cannot be read as text: No such file or directory",
+        ),
+        (("sweep", "--probes", 0), "probes must be a whole number of at least 1, not 0"),
+        (("sweep", "--run", "/proc/run"), "/proc/run: cannot write a run there: No such file or directory"),
+        (("beam", "--depth", 0), "depth: at least 1 unit to treat, not 0"),
+        (("beam", "--depth", 2, "--width", 0), "width: at least 1 configuration to keep, not 0"),
+        (("beam", "--depth", 2, "--among", 0), "among: at least 1 unit to look at, not 0"),
+        (("joint", "--budget", 99), "budget: 0 to 16 effective bits, those of the model as it is, not 99"),
+        (
+            ("compare", "--budget", "1e305"),
+            "budget: 0 to 16 effective bits, those of the model as it is, not 1e+305",
+        ),
+    ],
+    ids=str,
+)
+def test_what_needs_no_model_to_be_refused_is_refused_before_it_is_loaded(
+    search, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(setting, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    ended, _ = search(*arguments)
+    assert (ended.code, ended.errors) == (2, [f"error: {message}"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("beam", "--depth", 99), "depth: 1 … 21 (units), not 99"),
+        (("beam", "--depth", 13, "--fused"), "depth: 1 … 12 (units), not 13"),
+        (
+            ("sweep", "--treatment", "int4(7)"),
+            "q_proj: int4(7) needs a K that is a multiple of 7, and K = 32",
+        ),
+        (("plan", "--treatment", "gptq(7)"), "q_proj: gptq(7) needs a K that is a multiple of 7, and K = 32"),
+        (("joint", "--budget", 8, "--treatment", "int4(48)"), "int4(48) needs a K that is a multiple of 48"),
+        (
+            ("joint", "--budget", 0, "--treatment", "int8"),
+            "budget: 0 effective bits cannot be reached; the smallest",
+        ),
+        (("joint", "--budget", 1, "--treatment", "gptq(16)"), "budget: 1 effective bits cannot be reached"),
+        (("compare", "--budget", 1), "budget: 1 effective bits cannot be reached; the smallest"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_the_model_is_refused_before_it_writes_its_completions(
+    search, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(dtm.Probes, "from_text", lambda *_, **__: pytest.fail("the base writes"))
+    ended, _ = search(*arguments)
+    (line,) = ended.errors
+    assert ended.code == 2
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_many_measurements_a_beam_and_a_joint_search_will_make(search):
+    ended, _ = search("beam", "--depth", 2, "--width", 2)
+    assert "ETA" not in ended.err  # a race drops what nobody can know beforehand
+    ended, _ = search("beam", "--depth", 2, "--width", 2, "--by", "dppl")
+    (last,) = re.findall(r"beam: (\d+)/(\d+), .*", ended.err)[-1:]
+    assert 0.8 < int(last[0]) / int(last[1]) <= 1
+    ended, _ = search(
+        "joint", "--budget", 11, "--treatment", "int8", "--treatment", "prune(0.5)", "--confirm", 0
+    )
+    (last,) = re.findall(r"joint: (\d+)/(\d+), .*", ended.err)[-1:]
+    assert 0.6 < int(last[0]) / int(last[1]) <= 1
+
+
 def test_a_plan_is_exported_and_brought_back(search, command, tiny_folder, tmp_path):
     _, plan = search("plan", "--treatment", "w8a8", "--components", 4)
     folder, file = tmp_path / "exported", tmp_path / "run" / "plan.json"
@@ -192,10 +253,14 @@ def test_a_plan_for_another_model_is_not_exported(search, command, tiny_folder, 
     ended = command("export", tiny_folder, file, tmp_path / "exported")
     assert ended.code == 2
     assert "made for another model" in ended.errors[0]
-    file.write_text('{"format": 2, ')
-    ended = command("export", tiny_folder, file, tmp_path / "exported")
-    assert (ended.code, len(ended.errors)) == (2, 1)
-    assert str(file) in ended.errors[0]
+    for content, said in (
+        ('{"format": 2, ', "Expecting property name enclosed in double quotes: line 1 column 15 (char 14)"),
+        ("{}", "not a plan of dtm_fast: plan: its format is missing"),
+        ("[]", "not a plan of dtm_fast: plan: it holds no names and values"),
+    ):
+        file.write_text(content)
+        ended = command("export", tiny_folder, file, tmp_path / "exported")
+        assert (ended.code, ended.errors) == (2, [f"error: {file}: {said}"])
     assert not (tmp_path / "exported").exists()
 
 

@@ -2,13 +2,15 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import transformers
 import typer
+from typer.core import TyperGroup
 
 from dtm_fast import console
 from dtm_fast.cli import checkpoints, searches
@@ -16,9 +18,27 @@ from dtm_fast.cli.options import AsJson
 from dtm_fast.cli.setting import print_json, write_report_of
 from dtm_fast.errors import InputError, MeasurementError, TrainingError
 from dtm_fast.ops import backend_info
+from dtm_fast.ops.native import forced_cpu_isa
 from dtm_fast.runs import RunDirectory
 
+
+class _Commands(TyperGroup):
+    """What all commands begin and end with."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs one, if the kernels can run as they are asked to, until all that it says is written."""
+        forced_cpu_isa()
+        try:
+            ended = super().invoke(ctx)
+        except KeyboardInterrupt:
+            console.show_note("interrupted: what was not finished is not kept")
+            raise typer.Exit(130) from None
+        sys.stdout.flush()
+        return ended
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -67,3 +87,10 @@ def main() -> None:
     except (MeasurementError, TrainingError) as error:
         console.show_error(str(error))
         sys.exit(1)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What stays in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.show_error(f"the output cannot be written: {error.strerror}")
+        sys.exit(2)

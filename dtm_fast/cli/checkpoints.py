@@ -21,7 +21,7 @@ from dtm_fast.cli.options import (
     Text,
     dtype_of,
 )
-from dtm_fast.cli.setting import print_json, summaries
+from dtm_fast.cli.setting import check_probes, print_json, summaries
 from dtm_fast.errors import ModelError
 from dtm_fast.export import export_checkpoint, export_llama_quantize, load_export, validate
 from dtm_fast.export.checkpoint import check_free
@@ -43,14 +43,16 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Compares two checkpoints by all metrics, wherever the second was compressed."""
+    check_probes(prefix, completion, probes, batch_size)
     Stop(min_fdt=min_fdt).check(completion)
+    documents = read_documents(text)
     base_model, tokenizer = load_model(base, dtype_of(dtype))
     other_model, other_tokenizer = load_model(other, dtype_of(dtype))
     vocabulary = (tokenizer.get_vocab(), base_model.get_output_embeddings().weight.shape[0])
     if vocabulary != (other_tokenizer.get_vocab(), other_model.get_output_embeddings().weight.shape[0]):
         raise ModelError(f"{other}: its tokenizer is of another vocabulary than that of {base}")
     made = Probes.from_text(
-        base_model, tokenizer, read_documents(text), prefix, completion, probes, batch_size=batch_size
+        base_model, tokenizer, documents, prefix, completion, probes, batch_size=batch_size
     )
     evaluator = ReferenceEvaluator(other_model, made, base=base_model)
     metrics = [m for m in EXTRA_METRICS if prefix > 1 or m not in ("perplexity", "agreement")]

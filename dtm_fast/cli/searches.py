@@ -1,5 +1,6 @@
 """The commands that measure: sweep, plan, prune, beam, joint and compare."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -16,19 +17,24 @@ from dtm_fast.cli.setting import (
     summaries,
     write_report_of,
 )
-from dtm_fast.compression import Recovery, blocks_of, parse_treatment
+from dtm_fast.compression import Recovery, Treatment, blocks_of, parse_treatment
 from dtm_fast.errors import InputError
 from dtm_fast.measure import read_documents
+from dtm_fast.model import Decoder
 from dtm_fast.plan import (
     PAPER_STEPS,
+    Options,
     Plan,
     Stop,
     beam_search,
+    check_beam,
+    check_budgets,
     check_every,
     check_harms,
     check_refinements,
     check_steps,
     compare,
+    joint_measurements,
     joint_search,
     metrics_for,
     plan_in_order,
@@ -39,7 +45,6 @@ from dtm_fast.plan import (
     units,
 )
 from dtm_fast.plan.harms import MEASURED, PREDICTED
-from dtm_fast.plan.joint import FINALISTS
 
 Every = Annotated[int, typer.Option(help="Components between two joint measurements.")]
 Budgets = Annotated[
@@ -54,7 +59,11 @@ def sweep_command(
 ) -> None:
     """Measures every component alone under one treatment."""
     chosen, metrics = parse_treatment(treatment), metrics_for(rank_by, setting.prefix)
-    with session(setting, [chosen], f"{chosen.key} alone", lambda size: size, quiet=as_json) as running:
+
+    def expected(decoder: Decoder) -> int:
+        return len(decoder.components)
+
+    with session(setting, [chosen], f"{chosen.key} alone", expected, quiet=as_json) as running:
         measured = sweep(running.recorded, chosen, metrics)
         ranked = rank(measured, rank_by)
     if as_json:
@@ -90,7 +99,8 @@ def plan_command(
     stop.check(setting.completion)
     check_every(every)
 
-    def expected(size: int) -> int:
+    def expected(decoder: Decoder) -> int:
+        size = len(decoder.components)
         return size + -(-min(components or size, size) // every)
 
     with session(setting, [chosen], f"{chosen.key} plan", expected, quiet=as_json) as running:
@@ -137,8 +147,8 @@ def prune_command(
             "--recover is the text of the probes: the model is trained on what it is measured on"
         )
 
-    def expected(size: int) -> int:
-        return len(rounds) * (3 * size + 3)
+    def expected(decoder: Decoder) -> int:
+        return len(rounds) * (3 * len(decoder.components) + 3)
 
     with session(setting, [], "pruning rounds", expected, quiet=as_json) as running:
         if documents is None:
@@ -168,11 +178,19 @@ def beam_command(
     """Converts one unit after the other, the ten best configurations at a time; the paper's beam search."""
     treatments = [parse_treatment(each) for each in treatment]
     metrics_for(by, setting.prefix)
+    check_beam(depth, width, among)
 
-    def expected(size: int) -> int:
-        return depth * width * min(among or size, size) * len(treatments)
+    def fits(decoder: Decoder) -> None:
+        check_beam(depth, width, among, len(units(decoder, fused)))
 
-    with session(setting, treatments, "beam", expected, quiet=as_json) as running:
+    def expected(decoder: Decoder) -> int | None:
+        if by == "fdt75":
+            return None  # races drop most of what there is to measure
+        size = len(units(decoder, fused))
+        extensions = min(among or size, size) * len(treatments)
+        return size * len(treatments) + (1 + width * (depth - 1)) * extensions + depth
+
+    with session(setting, treatments, "beam", expected, fits=fits, quiet=as_json) as running:
         found = beam_search(
             running.recorded,
             treatments,
@@ -202,17 +220,20 @@ def joint_command(
 ) -> None:
     """Chooses for each component whether to prune, to quantize or to keep it, within a size; shows the front."""
     treatments = [parse_treatment(each) for each in treatment]
+    check_budgets(budget)
     check_refinements(refinements)
     if confirm is not None and confirm < 0:
         raise InputError(f"confirm: a whole number of at least 0, not {confirm}")
     others = setting.probes if confirm is None else confirm
 
-    def expected(size: int) -> int:
-        searches = 1 + len({type(each) for each in treatments})
-        of_a_budget = 3 + refinements * (2 * size + 4) + (FINALISTS if others else 0)
-        return size * len(treatments) + len(budget) * searches * of_a_budget
+    def fits(decoder: Decoder) -> None:
+        _check_reachable(decoder, treatments, fused, budget)
 
-    with session(setting, treatments, "joint", expected, confirm=others, quiet=as_json) as running:
+    def expected(decoder: Decoder) -> int:
+        options = Options(decoder, treatments, units(decoder, fused))
+        return joint_measurements(decoder, options, budget, refinements, confirmed=others > 0)
+
+    with session(setting, treatments, "joint", expected, fits=fits, confirm=others, quiet=as_json) as running:
         chosen_units = units(running.evaluator.decoder, fused)
         found = joint_search(
             running.recorded,
@@ -236,20 +257,22 @@ def compare_command(
 ) -> None:
     """What choosing by FDT buys: what other criteria choose within the same size, and what that does."""
     treatments = [parse_treatment(each) for each in treatment]
+    check_budgets(budget)
     criteria = by or [each for each in (*MEASURED, *PREDICTED) if each != "perplexity" or setting.prefix > 1]
     check_harms(criteria)
     if "perplexity" in criteria:
         metrics_for("perplexity", setting.prefix)
 
-    def expected(size: int) -> int:
-        return (
-            1
-            + size * len(treatments) * any(each in MEASURED for each in criteria)
-            + len(budget) * len(criteria)
-        )
+    def fits(decoder: Decoder) -> None:
+        _check_reachable(decoder, treatments, fused, budget)
 
+    def expected(decoder: Decoder) -> int:
+        alone = 1 + len(units(decoder, fused)) * len(treatments)
+        return alone * (any(each in MEASURED for each in criteria)) + len(budget) * len(criteria)
+
+    calibrated = "layer error" in criteria
     with session(
-        setting, treatments, "compare", expected, calibrated="layer error" in criteria, quiet=as_json
+        setting, treatments, "compare", expected, fits=fits, calibrated=calibrated, quiet=as_json
     ) as running:
         chosen_units = units(running.evaluator.decoder, fused)
         found = compare(running.recorded, treatments, chosen_units, budget, criteria)
@@ -290,6 +313,14 @@ def _finish(running: Session, setting: Setting, found: Plan, as_json: bool) -> N
     console.show_floor(running.floor)
     for path in (setting.run / "plan.json", *written):
         console.show_written(path)
+
+
+def _check_reachable(
+    decoder: Decoder, treatments: Sequence[Treatment], fused: bool, budgets: Sequence[float]
+) -> None:
+    options = Options(decoder, treatments, units(decoder, fused))
+    for budget in budgets:
+        options.limit(budget)
 
 
 def _steps(text: str) -> list[float]:

@@ -44,9 +44,9 @@ from dtm_fast.measure import (
     ReferenceEvaluator,
     read_documents,
 )
-from dtm_fast.model import Calibration, load_model, model_identity
+from dtm_fast.model import Calibration, Decoder, load_model, model_identity
 from dtm_fast.ops import backend_info
-from dtm_fast.plan import RecordedEvaluator
+from dtm_fast.plan import RecordedEvaluator, check_shapes
 from dtm_fast.runs import RunDirectory
 from dtm_fast.version import __version__
 
@@ -121,6 +121,14 @@ def measuring(command: Callable[..., None]) -> Callable[..., None]:
     return with_setting
 
 
+def check_probes(prefix: int, completion: int, probes: int, batch_size: int) -> None:
+    """Raises InputError unless probes can be made of so many; whether the model's context has room is seen later."""
+    numbers = {"prefix": prefix, "completion": completion, "probes": probes, "batch_size": batch_size}
+    for name, value in numbers.items():
+        if value < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, not {value}")
+
+
 def check_evaluator(name: str, memory: float | None) -> None:
     """Raises InputError unless there is such an evaluator, and so much memory can be meant."""
     known = (*_LAYERS, "reference")
@@ -137,26 +145,43 @@ def session(
     setting: Setting,
     treatments: Sequence[Treatment],
     title: str,
-    expected: Callable[[int], int],
+    expected: Callable[[Decoder], int | None],
     *,
+    fits: Callable[[Decoder], object] = lambda decoder: None,
     calibrated: bool = False,
     confirm: int = 0,
     quiet: bool = False,
 ) -> Iterator[Session]:
     """A search's session, with run.json saying how it is run; Ctrl-C ends with how to go on.
 
+    What cannot be used is refused as soon as it can be known: before the model is loaded, or before it writes the
+    completions.
+
     Args:
         setting: the options.
         treatments: what will be measured.
         title: beside the progress bar.
-        expected: about how many measurements there will be for so many components.
+        expected: about how many measurements there will be of this model; None where nobody can know.
+        fits: raises InputError where the search cannot be made of this model, which is not calibrated yet.
         calibrated: whether a calibration is needed even where no treatment needs one.
         confirm: other probes to confirm on.
         quiet: no progress.
     """
     check_evaluator(setting.evaluator, setting.memory)
-    documents = read_documents(setting.text)
-    model, tokenizer = load_model(setting.model, dtype_of(setting.dtype))
+    check_probes(setting.prefix, setting.completion, setting.probes, setting.batch_size)
+    dtype = dtype_of(setting.dtype)
+    documents, calibration_documents = read_documents(setting.text), read_documents(setting.calibration)
+    RunDirectory.check(setting.run)
+    model, tokenizer = load_model(setting.model, dtype)
+    decoder = Decoder.of(model)
+    check_shapes(decoder, treatments, decoder.components)
+    fits(decoder)
+    identity = {
+        "model": model_identity(model),
+        # Of the text alone, so that a run may begin with treatments that need none of it.
+        "calibration": hashlib.sha256(json.dumps(calibration_documents).encode()).hexdigest(),
+    }
+    RunDirectory.check(setting.run, identity)
     console.show_note(
         f"{setting.probes} probes of {setting.prefix} + {setting.completion} tokens: the base writes its completions …"
     )
@@ -174,6 +199,8 @@ def session(
         )
 
     probes = probes_of(setting.probes)
+    of_probes = identity | {"probes": probes.identity}
+    RunDirectory.check(setting.run, of_probes)
     confirming_probes = None
     if confirm:
         console.show_note(f"{confirm} other probes, to confirm on …")
@@ -182,15 +209,9 @@ def session(
         except ProbeError as error:
             console.show_note(f"not confirmed: {error}")
     calibration = None
-    calibration_documents = read_documents(setting.calibration)
     if calibrated or any(treatment.needs_inputs for treatment in treatments):
         console.show_note("calibrating: the base's activations …")
         calibration = Calibration.from_text(model, tokenizer, calibration_documents)
-    identity = {
-        "model": model_identity(model),
-        # Of the text alone, so that a run may begin with treatments that need none of it.
-        "calibration": hashlib.sha256(json.dumps(calibration_documents).encode()).hexdigest(),
-    }
 
     def evaluator_of(probes: Probes, bound: int | None) -> Evaluator | ReferenceEvaluator:
         if setting.evaluator == "reference":
@@ -202,15 +223,12 @@ def session(
     if isinstance(evaluator, Evaluator):
         console.show_note(f"measuring with {evaluator.engine}")
     with ExitStack() as held:
-        directory = held.enter_context(
-            RunDirectory.resume(setting.run, identity | {"probes": probes.identity})
-        )
+        directory = held.enter_context(RunDirectory.resume(setting.run, of_probes))
         if len(directory.journal):
             console.show_note(f"{setting.run}: resuming, {len(directory.journal)} measurements are known")
         try:
             directory.write_json("run.json", _described(evaluator, setting))
-            total = expected(len(evaluator.decoder.components))
-            with console.progress(title, total, quiet=quiet) as on_finished:
+            with console.progress(title, expected(decoder), quiet=quiet) as on_finished:
                 recorded = RecordedEvaluator(evaluator, directory.journal, on_finished)
                 confirming = None
                 if confirming_probes is not None:

@@ -12,6 +12,8 @@ from types import ModuleType
 # torch before _cpu: it brings the OpenMP runtime (libgomp.so.1) that _cpu then shares.
 import torch
 
+from dtm_fast.errors import InputError
+
 ISA_VARIABLE = "DTM_FAST_CPU_ISA"
 ISAS = (
     "reference",
@@ -54,7 +56,7 @@ def detected_cpu_isa() -> str | None:
 
 
 def forced_cpu_isa() -> str | None:
-    """What DTM_FAST_CPU_ISA (or use_cpu_isa) asks for. Raise ValueError if this machine cannot run it."""
+    """What DTM_FAST_CPU_ISA (or use_cpu_isa) asks for. Raise InputError if this machine cannot run it."""
     forced = _isa_override or os.environ.get(ISA_VARIABLE) or None
     if forced is not None:
         detected = detected_cpu_isa()
@@ -62,7 +64,7 @@ def forced_cpu_isa() -> str | None:
         if forced not in possible:
             module, reason = load("_cpu")
             why = "" if module is not None else f" ({reason})"
-            raise ValueError(f"{ISA_VARIABLE}={forced}: possible here: {', '.join(possible)}{why}")
+            raise InputError(f"{ISA_VARIABLE}={forced}: possible here: {', '.join(possible)}{why}")
     return forced
 
 

@@ -264,8 +264,15 @@ def _check(
         check_configuration(decoder, dict.fromkeys(paths, treatment))
     if not all(units):
         raise InputError("units: one has no component")
-    if not 1 <= depth <= len(units):
-        raise InputError(f"depth: 1 … {len(units)} (units), not {depth}")
+    check_beam(depth, width, among, len(units))
+
+
+def check_beam(depth: int, width: int, among: int | None, units: int | None = None) -> None:
+    """Raises InputError unless a beam can have this shape; among so many units, if that is known."""
+    if units is not None and not 1 <= depth <= units:
+        raise InputError(f"depth: 1 … {units} (units), not {depth}")
+    if depth < 1:
+        raise InputError(f"depth: at least 1 unit to treat, not {depth}")
     if width < 1:
         raise InputError(f"width: at least 1 configuration to keep, not {width}")
     if among is not None and among < 1:

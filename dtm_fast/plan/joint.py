@@ -8,6 +8,7 @@ import torch
 from dtm_fast.compression import Configuration, Treatment, configuration_identity
 from dtm_fast.errors import InputError
 from dtm_fast.measure import Measurement
+from dtm_fast.model import Decoder
 from dtm_fast.plan.front import front
 from dtm_fast.plan.harms import (
     divergence_rate,
@@ -27,6 +28,8 @@ SEARCH = "joint"
 METRICS = ("dppl", "sdt")
 FINALISTS = 5
 """How many of each search are measured on the probes that confirm, for each budget."""
+_HARMS = 3
+"""How many harms propose a configuration for each budget (``_Search._harms``)."""
 _RELUCTANCE = (0.0, 0.5, 0.8, 0.95)
 
 
@@ -82,12 +85,7 @@ def joint_search(
     limits = [options.limit(budget) for budget in budgets]
     if not limits:
         raise InputError("budgets: at least one")
-    kinds: dict[type[Treatment], list[Treatment]] = {}
-    for each in options.treatments:
-        kinds.setdefault(type(each), []).append(each)
-    of_kinds = [
-        _Search(recorded, Options(recorded.decoder, kind, units)) for kind in kinds.values() if len(kinds) > 1
-    ]
+    of_kinds = [_Search(recorded, each) for each in _of_kinds(recorded.decoder, options)]
     of_all = _Search(recorded, options)
     for limit in limits:
         alone = [search.best(limit, refinements) for search in of_kinds if search.options.smallest <= limit]
@@ -121,6 +119,22 @@ def joint_search(
     )
 
 
+def joint_measurements(
+    decoder: Decoder, options: Options, budgets: Sequence[float], refinements: int, *, confirmed: bool
+) -> int:
+    """About how many measurements a joint search asks for, those included that it knows already.
+
+    At most so many but for few; fewer where several harms propose the same.
+    """
+    total = 0
+    for each in (options, *_of_kinds(decoder, options)):
+        total += 1 + len(each.units) * len(each.treatments)
+        changes = len(each.units) * min(2, len(each.treatments))
+        of_a_budget = _HARMS + refinements * (changes + len(_RELUCTANCE) + 1) + FINALISTS * confirmed
+        total += of_a_budget * sum(each.smallest <= options.limit(budget) for budget in budgets)
+    return total
+
+
 def check_refinements(refinements: int) -> None:
     """Raises InputError unless so many refinements can be made."""
     if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
@@ -131,6 +145,14 @@ def reached_by(plan: Plan) -> Mapping[float, Point]:
     """The point that a joint plan reached within each of its budgets."""
     points = [Point(**point) for point in plan.how["reached"]]
     return dict(zip(plan.how["budgets"], points, strict=True))
+
+
+def _of_kinds(decoder: Decoder, options: Options) -> list[Options]:
+    """The options among each kind of treatment alone; none where there is one kind."""
+    kinds: dict[type[Treatment], list[Treatment]] = {}
+    for each in options.treatments:
+        kinds.setdefault(type(each), []).append(each)
+    return [Options(decoder, kind, options.units) for kind in kinds.values() if len(kinds) > 1]
 
 
 def _check_confirming(confirming: RecordedEvaluator, recorded: RecordedEvaluator) -> None:

@@ -8,11 +8,11 @@ from typing import TypeAlias
 from dtm_fast.compression import (
     Configuration,
     Treatment,
-    check_configuration,
     configuration_bits,
     shapes_of,
 )
-from dtm_fast.errors import InputError
+from dtm_fast.compression.treatment import KEPT_BITS
+from dtm_fast.errors import InputError, TreatmentError
 from dtm_fast.model import Decoder
 from dtm_fast.plan.knapsack import Option, choose
 from dtm_fast.plan.units import Unit
@@ -31,7 +31,8 @@ class Options:
 
     Raises:
         InputError: no treatment.
-        ComponentError, TreatmentError: a treatment does not fit a component.
+        ComponentError, TreatmentError: a treatment does not fit a component. Whether there is the calibration that it
+            needs is seen where it is measured.
     """
 
     def __init__(self, decoder: Decoder, treatments: Iterable[Treatment], units: Sequence[Unit]) -> None:
@@ -41,8 +42,7 @@ class Options:
         if not self.treatments:
             raise InputError("treatments: at least one")
         inside = [path for unit in units for path in unit]
-        for treatment in self.treatments:
-            check_configuration(decoder, dict.fromkeys(inside, treatment))
+        check_shapes(decoder, self.treatments, inside)
         self.choices: list[Choice] = [None, *self.treatments]
         self._shapes = shapes_of(decoder)
         self._weights = sum(map(prod, self._shapes.values()))
@@ -67,10 +67,11 @@ class Options:
         """The bits that a budget, in bits for each weight of all components, leaves for the units.
 
         Raises:
-            InputError: it cannot be reached; the message names the smallest that can.
+            InputError: it cannot be meant, or not be reached; then the message names the smallest that can.
         """
+        check_budgets([budget])
         smallest = self._outside + self.smallest
-        if not math.isfinite(budget * self._weights) or budget * self._weights < smallest:
+        if budget * self._weights < smallest:
             # Rounded up, so that what the message names can be asked for.
             least = math.ceil(smallest / self._weights * 1000) / 1000
             raise InputError(
@@ -110,3 +111,23 @@ class Options:
 def key_of(choice: Choice) -> str:
     """The treatment's key; empty for keeping."""
     return "" if choice is None else choice.key
+
+
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Raises InputError for a budget that no model can need: it is below 0, or above what a kept weight takes."""
+    for budget in budgets:
+        if not 0 <= budget <= KEPT_BITS:
+            raise InputError(
+                f"budget: 0 to {KEPT_BITS} effective bits, those of the model as it is, not {budget:g}"
+            )
+
+
+def check_shapes(decoder: Decoder, treatments: Iterable[Treatment], paths: Iterable[str]) -> None:
+    """Raises ComponentError or TreatmentError unless each treatment fits each component, calibrated or not."""
+    components = [decoder.component(path) for path in paths]
+    for treatment in treatments:
+        for component in components:
+            try:
+                treatment.check_shape(*component.shape)
+            except TreatmentError as error:
+                raise TreatmentError(f"{component.path}: {error}") from None

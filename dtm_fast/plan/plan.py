@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,14 @@ class Point:
             dppl=None if measurement.dppl is None else measurement.summary("dppl").mean,
         )
 
+    @classmethod
+    def from_json(cls, stored: Any) -> "Point":
+        """The inverse of ``asdict``; InputError if it is none."""
+        names = {each.name for each in fields(cls)}
+        if not isinstance(stored, Mapping) or stored.keys() != names:
+            raise InputError(f"plan: a point has {', '.join(sorted(names))}; not {stored!r}")
+        return cls(**stored)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,23 +107,32 @@ class Plan:
     def from_json(cls, stored: Mapping[str, Any]) -> "Plan":
         """The inverse of ``to_json``; InputError if it is none."""
         try:
+            if not isinstance(stored, Mapping):
+                raise InputError("plan: it holds no names and values")
             if stored["format"] != _FORMAT:
                 raise InputError(f"plan: format {stored['format']}, this dtm_fast reads {_FORMAT}")
+            for name, kind, said in (
+                ("configuration", Mapping, "names and values"),
+                ("how", Mapping, "names and values"),
+                ("curve", list, "list"),
+            ):
+                if not isinstance(stored[name], kind):
+                    raise InputError(f"plan: its {name} holds no {said}")
+            if not all(isinstance(each, str) for each in stored["configuration"].values()):
+                raise InputError("plan: a treatment of its configuration is no text")
             plan = cls(
                 configuration=configuration_from_json(stored["configuration"]),
                 search=stored["search"],
                 how=dict(stored["how"]),
                 model=stored["model"],
                 calibration=stored.get("calibration", ""),
-                curve=[Point(**point) for point in stored["curve"]],
-                chosen=Point(**stored["chosen"]) if stored["chosen"] else None,
+                curve=[Point.from_json(point) for point in stored["curve"]],
+                chosen=Point.from_json(stored["chosen"]) if stored["chosen"] else None,
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"plan: not a plan of dtm_fast: {error!r}") from error
+        except KeyError as error:
+            raise InputError(f"plan: its {error.args[0]} is missing") from error
         if not all(isinstance(each, str) for each in (plan.search, plan.model, plan.calibration)):
-            raise InputError("plan: not a plan of dtm_fast: its search, model or calibration is no text")
+            raise InputError("plan: its search, model or calibration is no text")
         return plan
 
     @classmethod
@@ -126,9 +143,13 @@ class Plan:
             InputError: it cannot be read, or is no plan; the message says where.
         """
         try:
-            return cls.from_json(json.loads(path.read_text()))
+            stored = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: {error}") from error
+        try:
+            return cls.from_json(stored)
+        except InputError as error:
+            raise InputError(f"{path}: not a plan of dtm_fast: {error}") from error
 
     def check(self, decoder: Decoder) -> None:
         """Raises InputError unless this plan is for the decoder's model and calibration."""

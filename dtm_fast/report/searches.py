@@ -111,7 +111,7 @@ def _search(plan: Plan, setting: Setting) -> Search | None:
         rounds = entries(how["rounds"])
         if len(rounds) != len(plan.curve) or not rounds:
             raise InputError(f"{len(rounds)} rounds, but {len(plan.curve)} points")
-        uniform = [Point(**point) for point in entries(how.get("uniform", []))]
+        uniform = [Point.from_json(point) for point in entries(how.get("uniform", []))]
         for point in uniform:
             _check_point(point)
         if uniform and len(uniform) != len(rounds):
@@ -131,7 +131,7 @@ def _search(plan: Plan, setting: Setting) -> Search | None:
             units=len(entries(how["units"])),
         )
     if plan.search == joint.SEARCH:
-        reached = [Point(**point) for point in entries(how["reached"])]
+        reached = [Point.from_json(point) for point in entries(how["reached"])]
         for point in reached:
             _check_point(point)
         budgets = list(map(finite, entries(how["budgets"])))

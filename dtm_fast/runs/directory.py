@@ -4,12 +4,14 @@ import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from dtm_fast.errors import RunError
-from dtm_fast.runs.journal import Journal
+from dtm_fast.runs.journal import EmptyJournalError, Journal
 
 
 class RunDirectory:
@@ -36,30 +38,50 @@ class RunDirectory:
         Raises:
             RunError: it is of another model, probes or schema version, damaged, in use or not writable.
         """
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunError(f"{path}: cannot write a run there: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise RunError(f"{path}: in use by another dtm-fast process") from None
+        lock = _locked(path)
         try:
             journal = Journal.open(path / "journal.sqlite", identity)
-            begun = journal.identity
-            for name in sorted(identity.keys() | begun.keys()):
-                if begun.get(name) != identity.get(name):
-                    journal.close()
-                    raise RunError(
-                        f"{path}: this run's {name} differs: begun with {_short(begun.get(name))}, now "
-                        f"{_short(identity.get(name))}; choose another run directory"
-                    )
+            try:
+                _check_begun(path, journal.identity, identity, identity.keys() | journal.identity.keys())
+            except BaseException:
+                journal.close()
+                raise
         except BaseException:
             os.close(lock)
             raise
         return cls(path, journal, lock)
+
+    @classmethod
+    def check(cls, path: Path, known: Mapping[str, Any] | None = None) -> None:
+        """Looks whether ``resume`` could take up the run at ``path``, and leaves nothing there that was not.
+
+        Args:
+            path: the directory.
+            known: of the identity, what is known so far.
+
+        Raises:
+            RunError: as ``resume``.
+        """
+        file = path / "lock"
+        is_new = not os.path.lexists(file)
+        made = [each for each in (path, *path.parents) if not os.path.lexists(each)]
+        try:
+            lock = _locked(path)
+            try:
+                if (path / "journal.sqlite").is_file():
+                    with (
+                        suppress(EmptyJournalError),
+                        closing(Journal.open(path / "journal.sqlite")) as journal,
+                    ):
+                        _check_begun(path, journal.identity, known or {}, known or {})
+            finally:
+                if is_new:  # while it is held: it is nobody else's
+                    file.unlink()
+                os.close(lock)
+        finally:
+            for each in made:
+                with suppress(OSError):
+                    each.rmdir()
 
     @classmethod
     def read(cls, path: Path) -> "RunDirectory":
@@ -129,6 +151,34 @@ class RunDirectory:
     ) -> None:
         """Closes it."""
         self.close()
+
+
+def _locked(path: Path) -> int:
+    """The handle that holds the directory, which is made if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunError(f"{path}: cannot write a run there: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who only looks takes a new file away again; held without its name, it would keep nobody out.
+        if os.path.samestat(os.fstat(lock), os.stat(path / "lock")):
+            return lock
+    except OSError:
+        pass
+    os.close(lock)
+    raise RunError(f"{path}: in use by another dtm-fast process")
+
+
+def _check_begun(path: Path, begun: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises RunError where a run was begun with something else of these names."""
+    for name in sorted(names):
+        if begun.get(name) != now.get(name):
+            raise RunError(
+                f"{path}: this run's {name} differs: begun with {_short(begun.get(name))}, now "
+                f"{_short(now.get(name))}; choose another run directory"
+            )
 
 
 def _short(value: object) -> str:

@@ -3,6 +3,7 @@
 import filecmp
 import hashlib
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -40,6 +41,10 @@ _SCHEMA = (
 )
 
 
+class EmptyJournalError(RunError):
+    """A journal in which nothing is yet: its process ended before it had begun."""
+
+
 class Journal:
     """The measurements of one model on one set of probes.
 
@@ -63,17 +68,17 @@ class Journal:
         Raises:
             RunError: if it is of another schema version, damaged (then a copy is kept beside it), or cannot
                 be read or written.
+            EmptyJournalError: if nothing is in it, and no ``identity`` is given.
         """
         with _errors(path):
-            # Each statement commits by itself unless it stands between BEGIN and COMMIT.
-            connection = sqlite3.connect(path, isolation_level=None)
+            connection = _connection(path, to_write=identity is not None)
             try:
                 version = _schema_version(connection)
                 if version is None and identity is not None:
                     _write_schema(connection, identity)
                     version = SCHEMA_VERSION
                 if version is None:
-                    raise RunError(f"{path}: nothing is in the journal yet")
+                    raise EmptyJournalError(f"{path}: nothing is in the journal yet")
                 if version != SCHEMA_VERSION:
                     raise RunError(
                         f"{path}: written with schema version {version}, this dtm_fast reads {SCHEMA_VERSION}"
@@ -189,6 +194,22 @@ class Journal:
     def close(self) -> None:
         """Closes the database and folds the log into it."""
         self._connection.close()
+
+
+def _connection(path: Path, to_write: bool) -> sqlite3.Connection:
+    """Each of its statements commits by itself unless it stands between BEGIN and COMMIT."""
+    if to_write or os.access(path.parent, os.W_OK):
+        return sqlite3.connect(path, isolation_level=None)
+    # SQLite reads a write-ahead log through a file beside it; where it cannot make one, it must be told that nobody
+    # writes, and then looks at no log.
+    log, shared = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
+    if not log.exists() or not log.stat().st_size:
+        return sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True, isolation_level=None)
+    if not shared.exists():
+        raise RunError(
+            f"{path}: its log {log.name} cannot be read in a read-only folder: copy the run elsewhere"
+        )
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
 
 
 def _schema_version(connection: sqlite3.Connection) -> int | None:

@@ -1,6 +1,8 @@
 """What an exported folder holds, and what is refused before there is one."""
 
 import json
+import os
+import stat
 
 import numpy as np
 import pytest
@@ -235,6 +237,17 @@ def test_whole_sets_are_fit_for_vllm(export):
 
 def files(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_every_file_has_the_mode_that_the_umask_allows(export):
+    before = os.umask(0o027)
+    try:
+        exported = export()
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in exported.folder.iterdir()}
+    assert {"model.safetensors", "masks.safetensors"} <= modes.keys()
+    assert set(modes.values()) == {0o640}
 
 
 def test_a_folder_with_something_in_it_is_left_alone(export, tmp_path):

@@ -13,7 +13,7 @@ from dtm_fast.compression import parse_treatment
 from dtm_fast.errors import ComponentError, InputError, TreatmentError
 from dtm_fast.measure.racing import name_of
 from dtm_fast.plan import Plan, Point, RecordedEvaluator
-from dtm_fast.plan.beam import beam_search, kept_by
+from dtm_fast.plan.beam import beam_search, check_beam, kept_by
 from dtm_fast.plan.units import units
 from dtm_fast.runs import Journal
 
@@ -233,6 +233,12 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_measured(journal, ar
     with pytest.raises(InputError, match=message):
         beam_search(RecordedEvaluator(evaluator, journal), **given_arguments)
     assert evaluator.measured == []
+
+
+def test_what_is_known_of_a_beam_without_its_units_is_checked():
+    check_beam(99, 1, None)
+    with pytest.raises(InputError, match="depth: at least 1 unit to treat, not 0"):
+        check_beam(0, 1, None)
 
 
 def test_a_treatment_or_a_unit_that_does_not_fit_is_named_before_anything_runs(llama_evaluator, journal):

@@ -184,27 +184,38 @@ def test_json_and_back(setting):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "said"),
     [
-        {"format": 99},
-        {"configuration": ["a"]},
-        {"configuration": {"a": "what"}},
-        {"search": 3},
-        {"how": 1},
-        {"curve": [{}]},
-        {"curve": 3},
-        {"model": None},
+        ({"format": 99}, "plan: format 99, this dtm_fast reads 2"),
+        ({"configuration": ["a"]}, "its configuration holds no names and values"),
+        ({"configuration": {"a": "what"}}, "no treatment 'what'"),
+        ({"configuration": {"a": 5}}, "a treatment of its configuration is no text"),
+        ({"search": 3}, "its search, model or calibration is no text"),
+        ({"how": 1}, "its how holds no names and values"),
+        ({"curve": [{}]}, "a point has bits, components, dppl, .*; not {}"),
+        ({"curve": 3}, "its curve holds no list"),
+        ({"chosen": [1]}, r"a point has bits, components, dppl, .*; not \[1\]"),
+        ({"model": None}, "its search, model or calibration is no text"),
     ],
     ids=str,
 )
-def test_what_is_no_plan_is_refused(setting, change):
-    with pytest.raises(InputError):
+def test_what_is_no_plan_is_refused(setting, change, said):
+    with pytest.raises(InputError, match=said):
         Plan.from_json(setting.plan().to_json() | change)
 
 
-@pytest.mark.parametrize("stored", [{}, [], None, "plan"])
-def test_what_is_no_plan_at_all_is_refused(stored):
-    with pytest.raises(InputError, match="not a plan of dtm_fast"):
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        ({}, "its format is missing"),
+        ([], "it holds no names and values"),
+        (None, "it holds no names and values"),
+        ("plan", "it holds no names and values"),
+    ],
+    ids=str,
+)
+def test_what_is_no_plan_at_all_is_refused(stored, said):
+    with pytest.raises(InputError, match=f"^plan: {said}$"):
         Plan.from_json(stored)
 
 

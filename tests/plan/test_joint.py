@@ -20,7 +20,8 @@ from dtm_fast.measure.racing import fdt75
 from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.plan.comparison import chosen_by, compare
 from dtm_fast.plan.harms import shrunk
-from dtm_fast.plan.joint import FINALISTS, joint_search, reached_by
+from dtm_fast.plan.joint import FINALISTS, joint_measurements, joint_search, reached_by
+from dtm_fast.plan.options import Options
 from dtm_fast.plan.plan import Plan, Point
 from dtm_fast.plan.units import units
 from dtm_fast.runs import Journal
@@ -284,6 +285,20 @@ def test_json_and_back(tmp_path):
     plan = search(FirstCause(4), tmp_path)
     assert Plan.from_json(plan.to_json()) == plan
     assert reached_by(Plan.from_json(plan.to_json())) == reached_by(plan)
+
+
+@pytest.mark.parametrize(
+    ("treatments", "budgets", "refinements"), [(TREATMENTS, (8.0, 6.0), 1), (TREATMENTS[:1], (9.0, 12.0), 2)]
+)
+def test_how_many_measurements_are_expected(tmp_path, treatments, budgets, refinements):
+    evaluator, asked = FirstCause(5), []
+    journal = Journal.open(tmp_path / "journal.sqlite", {"model": "made"})
+    run = RecordedEvaluator(evaluator, journal, lambda measurement, known: asked.append(known))
+    units = [(path,) for path in evaluator.decoder.components]
+    joint_search(run, treatments, units, budgets, refinements=refinements)
+    options = Options(evaluator.decoder, treatments, units)
+    most = joint_measurements(evaluator.decoder, options, budgets, refinements, confirmed=False)
+    assert 0.6 * most < len(asked) <= most
 
 
 def test_a_roomy_budget_keeps_everything(tmp_path):

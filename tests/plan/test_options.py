@@ -50,10 +50,15 @@ def test_a_budget_leaves_what_stands_outside_of_the_units_as_it_is():
     assert found.limit(13.2) == 288
 
 
-@pytest.mark.parametrize("budget", [float("nan"), float("inf"), -1.0, 0.0])
+@pytest.mark.parametrize("budget", [float("nan"), float("inf"), -1.0, 16.1, 1e305])
 def test_what_is_no_budget_is_refused(budget):
-    with pytest.raises(InputError, match="cannot be reached; the smallest that these treatments reach is"):
+    with pytest.raises(InputError, match="budget: 0 to 16 effective bits, those of the model as it is, not"):
         options().limit(budget)
+
+
+def test_a_budget_that_cannot_be_reached_is_refused():
+    with pytest.raises(InputError, match="cannot be reached; the smallest that these treatments reach is"):
+        options().limit(0.0)
 
 
 def test_the_named_smallest_budget_can_be_reached():

@@ -87,9 +87,10 @@ def test_a_search_that_is_not_known_has_a_map_all_the_same(tmp_path: Path) -> No
         ({"format": 1}, "plan: format 1, this dtm_fast reads 2"),
         ({"configuration": {"model.layers.9.mlp": "int8"}}, "'model.layers.9.mlp' is none of the components"),
         ({"configuration": {path_of(0, "mlp.up_proj"): "int7"}}, "no treatment 'int7'"),
-        ({"curve": [{"components": 1}]}, "not a plan of dtm_fast"),
+        ({"curve": [{"components": 1}]}, "not a plan of dtm_fast: plan: a point has bits, components,"),
         ({"chosen": None}, "it is not empty, but has no point of its own"),
-        ({"how": []}, "'rounds' is missing"),
+        ({"how": {}}, "'rounds' is missing"),
+        ({"how": []}, "its how holds no names and values"),
         ({"how": {"steps": [0.2], "rounds": []}}, "0 rounds, but 3 points"),
         ({"curve": [], "how": {"steps": [], "rounds": []}}, "0 rounds, but 0 points"),
         ({"search": "in order"}, "'stop' is missing"),
@@ -132,7 +133,7 @@ def test_a_bad_round_is_refused(tmp_path: Path, name: str, value: Any, said: str
         ({"units": -1}, "-1 is no whole number of at least 0"),
         ({"treatments": "int8"}, "'int8' is no list"),
         ({"treatments": [8]}, "8 is no text"),
-        ({"reached": [{}, {}]}, "TypeError"),
+        ({"reached": [{}, {}]}, "a point has bits, components, dppl, fdt, fdt75, sdt, share; not {}"),
     ],
 )
 def test_a_bad_joint_plan_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import stat
@@ -112,6 +113,35 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, where):
     assert (tmp_path / "file").read_text() == "content"
 
 
+def test_a_check_leaves_nothing_where_there_was_nothing(tmp_path):
+    RunDirectory.check(tmp_path / "a" / "b")
+    (tmp_path / "empty").mkdir()
+    RunDirectory.check(tmp_path / "empty", IDENTITY)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
+
+
+def test_a_check_refuses_what_could_not_be_resumed(run):
+    before = sorted(run.iterdir())
+    RunDirectory.check(run)
+    RunDirectory.check(run, {"model": "a" * 64})
+    with pytest.raises(RunError, match=r"this run's model differs: begun with a{12}, now c{12}; choose"):
+        RunDirectory.check(run, {"model": "c" * 64})
+    with RunDirectory.resume(run, IDENTITY), pytest.raises(RunError, match="in use by another"):
+        RunDirectory.check(run)
+    with pytest.raises(RunError, match=r"/proc/run: cannot write a run there: [A-Z]"):
+        RunDirectory.check(Path("/proc/run"))
+    assert sorted(run.iterdir()) == before
+    assert_still_there(run)
+
+
+def test_a_check_takes_a_journal_that_was_not_begun(tmp_path):
+    (tmp_path / "journal.sqlite").touch()
+    RunDirectory.check(tmp_path, IDENTITY)
+    (tmp_path / "journal.sqlite").write_bytes(b"x" * 100)
+    with pytest.raises(RunError, match="damaged"):
+        RunDirectory.check(tmp_path, IDENTITY)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_reading_a_run_that_is_none_makes_none(tmp_path, name):
     (tmp_path / "empty").mkdir()
@@ -153,3 +183,18 @@ def test_a_file_that_is_no_json_is_named(run, content):
     (run / "plan.json").write_bytes(content)
     with RunDirectory.read(run) as directory, pytest.raises(RunError, match=r"plan\.json: cannot be read: "):
         directory.read_json("plan.json")
+
+
+def test_a_lock_that_was_taken_away_keeps_nobody_out(tmp_path, monkeypatch):
+    """Another process looked, and took its new file away between our opening and our locking it."""
+    flock = fcntl.flock
+
+    def taken_away(file, how):
+        (tmp_path / "lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", taken_away)
+    with pytest.raises(RunError, match="in use by another dtm-fast process"):
+        RunDirectory.resume(tmp_path, IDENTITY)
+    monkeypatch.undo()
+    RunDirectory.resume(tmp_path, IDENTITY).close()

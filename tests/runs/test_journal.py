@@ -1,5 +1,7 @@
 import json
+import os
 import random
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -153,6 +155,29 @@ def test_a_journal_that_is_being_written_can_be_read(path):
     assert all_of(path) == [row(1)]
     writer.add("d", [], row(2))
     assert all_of(path) == [row(1), row(2)]
+    writer.close()
+
+
+def test_a_journal_in_a_read_only_folder_is_read(written, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    before = {file: file.stat().st_mtime_ns for file in (written, written.parent)}
+    assert len(all_of(written)) == 30
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert [file.name for file in written.parent.iterdir()] == [written.name]
+
+
+def test_a_log_in_a_read_only_folder_is_read_or_named(path, tmp_path, monkeypatch):
+    writer = Journal.open(path, IDENTITY)
+    writer.add("c", [], row(1))
+    (tmp_path / "copy").mkdir()
+    for file in (path, path.with_name("journal.sqlite-wal")):
+        shutil.copy(file, tmp_path / "copy")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert all_of(path) == [row(1)]
+    with pytest.raises(
+        RunError, match=r"its log journal\.sqlite-wal cannot be read in a read-only folder: copy"
+    ):
+        Journal.open(tmp_path / "copy" / path.name)
     writer.close()
 
 
