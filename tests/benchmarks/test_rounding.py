@@ -1,9 +1,11 @@
 """The study of rounding: what a placebo is, and how rankings are compared."""
 
+import json
+
 import pytest
 import torch
 
-from benchmarks.rounding import Placebo, rank_correlation, ranks, section
+from benchmarks.rounding import PAGE, ROUNDING, Placebo, rank_correlation, ranks, section
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -36,3 +38,9 @@ def test_what_has_no_correlation_is_left_out_of_the_table():
     text = section(report | {"between": {"placebo": None, "int8": 0.5}}, "x.json")
     assert "| float32 | 64.0 | 61.5 | 61.5 | 94% |  | 61.5 | 94% |  |" in text
     assert "between the dtypes: int8 0.50." in text
+
+
+def test_the_committed_page_has_the_committed_figures():
+    (file,) = (PAGE.parent.parent / "benchmarks" / "results").glob("*-rounding.json")
+    page = PAGE.read_text()
+    assert ROUNDING.put(page, section(json.loads(file.read_text()), file.name)) == page
