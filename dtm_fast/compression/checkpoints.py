@@ -107,7 +107,10 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         unfinished.mkdir()
         try:
             write(unfinished)
+            allowed = unfinished.stat().st_mode & 0o666  # by the umask
             for path in (*unfinished.rglob("*"), unfinished):
+                if path.is_file():  # safetensors writes for the owner alone
+                    path.chmod(allowed)
                 make_durable(path)
             unfinished.rename(folder)
         except BaseException:

@@ -1,7 +1,6 @@
 """A plan as a Hugging Face checkpoint that transformers, vLLM and this package load."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -203,9 +202,6 @@ def _write_model(folder: Path, decoder: Decoder, plan: Plan, forms: Mapping[str,
         write_masks(folder, masks)
         # vLLM takes every safetensors file of a folder without an index for weights.
         write_index(folder)
-    # safetensors writes for the owner alone; the others have what the umask allows.
-    for weights in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", weights)
     if forms:
         file = folder / "config.json"
         config = json.loads(file.read_text())
