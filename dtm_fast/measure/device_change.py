@@ -5,7 +5,8 @@ and known in float32. Only what differs is rounded to bfloat16, and products are
 them is float32. On a GPU its products run on tensor cores, which those of float32 cannot.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtm_fast.measure.device_layer import DeviceLayer, KeysAndValues
-from dtm_fast.measure.device_rows import add_norm, attend, gated, rms_norm, rotate
+from dtm_fast.measure.device_rows import (
+    add_norm,
+    attend,
+    change_gated,
+    change_norm,
+    gated,
+    rms_norm,
+    rotate,
+)
 
 _MLP_ROWS = 2**14  # positions whose gates are held at a time
 
@@ -98,57 +107,66 @@ def run_change(
     Returns:
         The difference, and keys and values; None where these are the base's.
     """
-    eps, ins, last = layer.parts.shape.eps, len(layer.parts.attention_in), len(layer.paths) - 1
-
-    def differs(index: int, d: Tensor | None, of_base: Tensor) -> Tensor | None:
-        """Of what a projection gives, where its input is ``of_base`` and differs by ``d``."""
-        own = treated.get(index)
-        moved = None if d is None else _product(d, rounded[index] if own is None else own.weight)
-        return moved if own is None else _sum(moved, _product(of_base, own.change))
-
-    def normed(state: Tensor, d: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        before = rms_norm(state.contiguous(), weight, eps)
-        return before, None if d is None else rms_norm(state + d, weight, eps) - before
-
-    n, dn = normed(x, change, layer.attention_norm)
+    eps, ins = layer.parts.shape.eps, len(layer.parts.attention_in)
+    weights = _Weights(rounded, treated)
     known: KeysAndValues | None = None
     d_attention = None
     if change is not None or any(index < ins for index in treated):
+        dn = None if change is None else change_norm(x.contiguous(), change, layer.attention_norm, eps)
+        n = _once(lambda: rms_norm(x.contiguous(), layer.attention_norm, eps))
         qkv = base.qkv.clone()
         for index, columns in enumerate(_columns(layer)):
-            d = differs(index, dn, n)
+            d = weights.moved(index, dn, n)
             if d is not None:
                 qkv[..., columns] += d
         attention, known = _attention(layer, qkv, earlier, skip)
         d_attention = attention - base.attention[:, skip:]
     change = None if change is None else change[:, skip:]
-    change = _sum(change, differs(ins, d_attention, base.attention[:, skip:]))
-    middle, gate_up = base.middle[:, skip:], base.gate_up[:, skip:]
-    n, dn = normed(middle, change, layer.mlp_norm)
+    change = _sum(change, weights.moved(ins, d_attention, lambda: base.attention[:, skip:]))
     out = torch.zeros_like(x)
     if change is not None:
         out[:, skip:] = change
-    if change is None and not any(index > ins for index in treated):
-        return out, known
-    found = []
-    flat = [None if each is None else each.flatten(0, 1).split(_MLP_ROWS) for each in (n, dn, gate_up)]
-    for some in range(len(flat[0] or ())):
-        n_some, dn_some, gate_up_some = (None if each is None else each[some] for each in flat)
-        assert n_some is not None
-        assert gate_up_some is not None
-        ds = [differs(index, dn_some, n_some) for index in range(ins + 1, last)]
-        h = gated(*gate_up_some.chunk(2, dim=-1))
-        dh = None
-        if any(each is not None for each in ds):
-            both = gate_up_some.clone()
-            for d, columns in zip(ds, both.chunk(len(ds), dim=-1), strict=True):
-                if d is not None:
-                    columns += d
-            dh = gated(*both.chunk(2, dim=-1)) - h
-        found.append(differs(last, dh, h))
-    if found and found[0] is not None:
-        out[:, skip:] += torch.cat([each for each in found if each is not None]).view_as(middle)
+    if change is not None or any(index > ins for index in treated):
+        middle, gate_up = (
+            each[:, skip:].flatten(0, 1).split(_MLP_ROWS) for each in (base.middle, base.gate_up)
+        )
+        changes = [None] * len(middle) if change is None else change.flatten(0, 1).split(_MLP_ROWS)
+        found = [_mlp(layer, weights, *part) for part in zip(middle, changes, gate_up, strict=True)]
+        if found:
+            out[:, skip:] += torch.cat(found).view_as(out[:, skip:])
     return out, known
+
+
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    """As ``run_change`` takes them."""
+
+    rounded: Sequence[Tensor]
+    treated: Mapping[int, TreatedWeight]
+
+    def moved(self, index: int, d: Tensor | None, of_base: Callable[[], Tensor]) -> Tensor | None:
+        """By how much what a projection gives differs, where its input is ``of_base()`` and differs by ``d``."""
+        own = self.treated.get(index)
+        by_input = None if d is None else _product(d, self.rounded[index] if own is None else own.weight)
+        return by_input if own is None else _sum(by_input, _product(of_base(), own.change))
+
+
+def _mlp(
+    layer: DeviceLayer, weights: _Weights, middle: Tensor, change: Tensor | None, gate_up: Tensor
+) -> Tensor:
+    """By how much what the MLP adds differs, where its input ``middle`` [R, hidden] does by ``change``."""
+    eps, ins, last = layer.parts.shape.eps, len(layer.parts.attention_in), len(layer.paths) - 1
+    dn = (
+        None if change is None else change_norm(middle.contiguous(), change.contiguous(), layer.mlp_norm, eps)
+    )
+    n = _once(lambda: rms_norm(middle.contiguous(), layer.mlp_norm, eps))
+    gate, up = gate_up.chunk(2, dim=-1)
+    ds = [weights.moved(index, dn, n) for index in range(ins + 1, last)]
+    if len(ds) == 1 and ds[0] is not None:
+        ds = list(ds[0].chunk(2, dim=-1))
+    dh = None if all(each is None for each in ds) else change_gated(gate, up, *ds)
+    found = weights.moved(last, dh, lambda: gated(gate, up))
+    return torch.zeros_like(middle) if found is None else found
 
 
 def _attention(
@@ -182,7 +200,7 @@ def _columns(layer: DeviceLayer) -> list[slice]:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x [..., K]`` rounded to bfloat16 times ``weight`` [N, K], summed and kept in float32."""
+    """``x`` [..., K] rounded to bfloat16 times ``weight`` [N, K], summed and kept in float32."""
     rows = x.flatten(0, -2).bfloat16()
     product: Tensor
     if rows.device.type == "cuda":
@@ -190,6 +208,11 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     else:  # torch's product of bfloat16 would round what it gives
         product = rows.float() @ weight.float().t()
     return product.view(*x.shape[:-1], len(weight))
+
+
+def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What ``make`` gives, made when it is first asked for."""
+    return functools.cache(make)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -50,6 +50,13 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     return total, rms_norm(total, weight, eps)
 
 
+def change_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rms_norm(x + change) - rms_norm(x)``, computed in float32 and rounded to bfloat16; all float32, contiguous."""
+    if has_triton(x.device):
+        return cast(Tensor, _kernels().change_norm(x, change, weight, eps))
+    return (rms_norm(x + change, weight, eps) - rms_norm(x, weight, eps)).bfloat16()
+
+
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """``x * cosine + rotate_half(x) * sine``.
 
@@ -69,6 +76,19 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     if has_triton(gate.device):
         return cast(Tensor, _kernels().gated(gate, up))
     return F.silu(gate) * up
+
+
+def change_gated(gate: Tensor, up: Tensor, d_gate: Tensor | None, d_up: Tensor | None) -> Tensor:
+    """``gated(gate + d_gate, up + d_up) - gated(gate, up)``, in float32 and rounded to bfloat16.
+
+    Args:
+        gate: float32 [R, I], of any row stride; up likewise.
+        d_gate: float32 [R, I]; None where the gate is the same, and d_up likewise, but not both.
+    """
+    if has_triton(gate.device):
+        return cast(Tensor, _kernels().change_gated(gate, up, d_gate, d_up))
+    moved = (each if d is None else each + d for each, d in ((gate, d_gate), (up, d_up)))
+    return (gated(*moved) - gated(gate, up)).bfloat16()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

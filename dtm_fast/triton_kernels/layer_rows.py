@@ -22,6 +22,49 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     return total, out
 
 
+def change_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As ``device_rows.change_norm``."""
+    x, change, width = x.contiguous(), change.contiguous(), x.shape[-1]
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    if out.numel() == 0:
+        return out
+    block = triton.next_power_of_2(width)
+    _change_norm_kernel[(x.numel() // width,)](
+        x, change, weight, out, width, eps, BLOCK=block, num_warps=min(16, max(1, block // 512))
+    )
+    return out
+
+
+def change_gated(gate: Tensor, up: Tensor, d_gate: Tensor | None, d_up: Tensor | None) -> Tensor:
+    """As ``device_rows.change_gated``."""
+    rows, width = gate.shape
+    if gate.stride() != up.stride() or gate.stride(1) != 1:
+        gate, up = gate.contiguous(), up.contiguous()
+    given = [each for each in (d_gate, d_up) if each is not None]
+    if any(each.stride() != given[0].stride() or each.stride(1) != 1 for each in given):
+        d_gate, d_up = (None if each is None else each.contiguous() for each in (d_gate, d_up))
+        given = [each for each in (d_gate, d_up) if each is not None]
+    out = torch.empty(gate.shape, dtype=torch.bfloat16, device=gate.device)
+    if out.numel() == 0:
+        return out
+    block = min(2048, triton.next_power_of_2(width))
+    _change_gated_kernel[(rows, triton.cdiv(width, block))](
+        gate,
+        up,
+        given[0] if d_gate is None else d_gate,
+        given[0] if d_up is None else d_up,
+        out,
+        gate.stride(0),
+        given[0].stride(0),
+        width,
+        HAS_GATE=d_gate is not None,
+        HAS_UP=d_up is not None,
+        BLOCK=block,
+        num_warps=8,
+    )
+    return out
+
+
 def _norm(
     x: Tensor,
     width: int,
@@ -162,3 +205,46 @@ def _gated_kernel(gate, up, out, stride, width, BLOCK: tl.constexpr):  # type: i
     opened = (wide / (1.0 + tl.exp(-wide))).to(dtype).to(tl.float32)
     value = opened * tl.load(up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, value.to(dtype), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _change_norm_kernel(x, change, weight, out, width, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def, unused-ignore]
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64) * width
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    before = tl.load(x + row + column, mask=inside, other=0.0)
+    after = before + tl.load(change + row + column, mask=inside, other=0.0)
+    factor = tl.load(weight + column, mask=inside, other=0.0)
+    normed = factor * (before * tl.rsqrt(tl.sum(before * before, 0) / width + eps))
+    moved = factor * (after * tl.rsqrt(tl.sum(after * after, 0) / width + eps))
+    tl.store(out + row + column, (moved - normed).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _change_gated_kernel(  # type: ignore[no-untyped-def, unused-ignore]
+    gate,
+    up,
+    d_gate,
+    d_up,
+    out,
+    stride,
+    d_stride,
+    width,
+    HAS_GATE: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    g = tl.load(gate + row * stride + column, mask=inside, other=0.0)
+    u = tl.load(up + row * stride + column, mask=inside, other=0.0)
+    before = g / (1.0 + tl.exp(-g)) * u
+    if HAS_GATE:
+        g += tl.load(d_gate + row * d_stride + column, mask=inside, other=0.0)
+    if HAS_UP:
+        u += tl.load(d_up + row * d_stride + column, mask=inside, other=0.0)
+    after = g / (1.0 + tl.exp(-g)) * u
+    tl.store(out + row * width + column, (after - before).to(tl.bfloat16), mask=inside)

@@ -274,6 +274,12 @@ for sizes in ((2, 5, 3, 16, 48, 70), (1, 1, 1, 8, 7, 3000), (2, 2, 40, 64, 300, 
         for one, other in pairs:
             # float32: squares summed in another order, and another exp.
             torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6, msg=name)
+    gates, changes = (torch.randn(R * T, 2 * I).chunk(2, dim=-1) for _ in range(2))
+    for name, given in (("change_norm", (x, 0.1 * branch, weight, 1e-5)), ("change_gated", (*gates, *changes)),
+                        ("change_gated", (*gates, None, changes[1])), ("change_gated", (*gates, changes[0], None))):
+        found, expected = getattr(kernels, name)(*given), getattr(ours, name)(*given)
+        # The next number of bfloat16 at most, or what float32 loses of values of some units.
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=4e-6, msg=name)
 """
 
 
@@ -307,6 +313,12 @@ def test_tritons_kernels_compute_what_torch_does_on_the_gpu(cuda, dtype, monkeyp
             "rotate": (q.unflatten(-1, (heads, width)), *angles),
             "gated": both,
         }
+        if dtype == torch.float32:
+            changes = torch.randn(rows * length, 2 * inner, **like).chunk(2, dim=-1)
+            calls |= {
+                "change_norm": (x, 0.1 * branch, weight, 1e-5),
+                "change_gated": (*both, *changes),
+            }
         for name, given in calls.items():
             found = getattr(device_rows, name)(*given)
             with monkeypatch.context() as patch:
@@ -314,9 +326,8 @@ def test_tritons_kernels_compute_what_torch_does_on_the_gpu(cuda, dtype, monkeyp
                 expected = getattr(device_rows, name)(*given)
             pairs = zip(found, expected, strict=True) if name == "add_norm" else [(found, expected)]
             for one, other in pairs:
-                step = (
-                    2**-7 if dtype == torch.bfloat16 else 2e-6
-                )  # two roundings, each the next number at most
+                # Two roundings, each the next number at most.
+                step = 2**-7 if one.dtype == torch.bfloat16 else 2e-6
                 torch.testing.assert_close(one, other, rtol=2 * step, atol=1e-5)
                 # Squares that are added up in another order, or another exp, move few results to their neighbours.
-                assert float((one != other).float().mean()) < (0.02 if dtype == torch.bfloat16 else 1)
+                assert float((one != other).float().mean()) < (0.02 if one.dtype == torch.bfloat16 else 1)

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from dtm_fast.triton_kernels import (  # noqa: E402
     bitmap_linear,
     int8_linear,
+    layer_rows,
     masked_linear,
     quantize_int8,
     token_divergence,
@@ -27,7 +28,7 @@ CAPABILITIES = [80, 90]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel with the types of its pointers (its other arguments are int32, multiples of 16) and its constants."""
+    """A kernel with the types of its pointers and floats, and its constants; the rest are int32, multiples of 16."""
 
     function: triton.JITFunction
     pointers: dict[str, str]
@@ -42,7 +43,8 @@ class Kernel:
         signature = {
             name: "constexpr" if name in constants else self.pointers.get(name, "i32") for name in names
         }
-        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in constants}
+        whole = [name for name in names if signature[name] not in ("constexpr", "fp32")]
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
         options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, **self.options}
         compiled = triton.compile(
             ASTSource(self.function, signature, constexprs=constants, attrs=aligned),
@@ -100,6 +102,34 @@ MERGE = Kernel(
     },
     token_divergence.MERGE_CONFIG,
 )
+
+
+def layer_rows_of(pointer: str) -> list[Kernel]:
+    """Those between the products of a layer, of states in one dtype."""
+    many, few = triton.Config({"BLOCK": 4096}, num_warps=8), triton.Config({"BLOCK": 2048}, num_warps=8)
+    heads = triton.Config({"HALF": 64, "HALF_BLOCK": 64, "HEADS": 32}, num_warps=4)
+    norm = dict.fromkeys(("x", "branch", "total", "weight", "out"), pointer) | {"eps": "fp32"}
+    found = [
+        *(Kernel(layer_rows._norm_kernel, norm, many, {"HAS_BRANCH": each}) for each in (False, True)),
+        Kernel(
+            layer_rows._rotate_kernel,
+            dict.fromkeys(("x", "cosine", "sine", "out"), pointer),
+            heads,
+            options={"enable_fp_fusion": False},
+        ),
+        Kernel(layer_rows._gated_kernel, dict.fromkeys(("gate", "up", "out"), pointer), few),
+    ]
+    if pointer == "*fp32":
+        change = dict.fromkeys(("x", "change", "weight"), pointer) | {"out": "*bf16", "eps": "fp32"}
+        gates = dict.fromkeys(("gate", "up", "d_gate", "d_up"), pointer) | {"out": "*bf16"}
+        has = {"HAS_GATE": True, "HAS_UP": True}
+        found += [
+            Kernel(layer_rows._change_norm_kernel, change, many),
+            Kernel(layer_rows._change_gated_kernel, gates, few, has),
+        ]
+    return found
+
+
 UNPACK_MASK = Kernel(unpack_mask.unpack_mask_kernel, {"packed": "*u8", "mask": "*u8"}, unpack_mask.CONFIGS[0])
 
 
@@ -155,3 +185,9 @@ def test_token_divergence_of_float32_uses_no_tensor_cores():
 def test_what_only_moves_bytes_compiles(capability):
     assert "st.global.v4" in UNPACK_MASK.ptx(capability)
     assert "ex2.approx" in MERGE.ptx(capability)
+
+
+@pytest.mark.parametrize("pointer", ["*bf16", "*fp32"])
+def test_what_stands_between_the_products_of_a_layer_reads_whole_words(capability, pointer):
+    for kernel in layer_rows_of(pointer):
+        assert re.search(r"ld\.global(\.\w+)*\.v[24]\.", kernel.ptx(capability)), kernel.function.__name__
