@@ -19,14 +19,14 @@ from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.model import Decoder
 from dtm_fast.ops.decoder_layer import Arithmetic
 
-# A part reads every weight anew and launches every kernel anew; it is worth that where products take longer. What is
-# read doubles or so from part to part, for who has not diverged early mostly does not soon.
-_SHARES = (0.04, 0.1, 0.25, 0.5, 1.0)
-_FEW_SHARES = (0.1, 1.0)
+# A part reads every weight anew and launches every kernel anew. On an H200 one part was the fastest on the shape of
+# Llama 2 7B, for changes small and large (docs/gpu.md). Who may drop a configuration wants to know early, though.
 _ONE_SHARE = (1.0,)
-_SECONDS_OF_A_LAYER = 150e-6  # to launch its kernels
+_SHARES_WITH_REFEREE = (0.1, 1.0)
+_LAUNCHES = (
+    600e-6  # seconds of a layer's products that are worth no less than launching its kernels some times
+)
 _RATES = {torch.bfloat16: 4e14, torch.float32: 4e13}  # operations a second
-_WORTH_FEW, _WORTH_MANY = 4, 16
 
 _KEPT = 2**28  # bytes of compressed weights, or a quarter of what states may take
 
@@ -41,7 +41,7 @@ class DeviceLayers:
         layers: from ``device_layers_of``.
         model_layers: the same layers by transformers, with the base's states.
         memory: bytes that the base's states may take; of compressed weights a quarter of that is kept.
-        shares: in which parts to read a completion; by default as many as are worth it.
+        shares: in which parts to read a completion; by default in one, or two where a referee may stop.
         by_differences: whether the fastest arithmetic is ``Arithmetic.CHANGE``, of a float32 model; ``memory`` then
             holds the base's states within the layers too, those of the last layers first, and a layer without them is
             computed exactly.
@@ -69,7 +69,7 @@ class DeviceLayers:
         self._layers = layers
         self._model_layers = model_layers
         self._by_differences = by_differences
-        self._shares = tuple(shares) if shares else self._worthwhile()
+        self._shares = tuple(shares) if shares else None
         self._weights = _Weights(self.decoder, max(_KEPT, memory // 4))
         self._rounded: dict[str, Tensor] = {}
         self._inner: dict[int, BaseStates] = {}
@@ -79,9 +79,9 @@ class DeviceLayers:
         self._origin: DeviceLayers | None = None
         self._own = TensorStore()
         self._norm: Any = model.base_model.norm
-        # One part is a layer that takes less than its launches, and always of the same shape.
-        launches_dominate = model.device.type == "cuda" and self._shares == _ONE_SHARE and not by_differences
-        self._graphs = LayerGraphs(layers, CudaGraphs(model.device)) if launches_dominate else None
+        self._launches_dominate = self._seconds_of_a_layer() < _LAUNCHES
+        recorded = self._launches_dominate and model.device.type == "cuda" and not by_differences
+        self._graphs = LayerGraphs(layers, CudaGraphs(model.device)) if recorded else None
         if by_differences:
             assert self.exact == Arithmetic.FLOAT32
             self._record(memory)
@@ -128,7 +128,9 @@ class DeviceLayers:
 
     def shares(self, has_referee: bool) -> Sequence[float]:
         """In which parts to read a completion."""
-        return self._shares
+        if self._shares is not None:
+            return self._shares
+        return _SHARES_WITH_REFEREE if has_referee and not self._launches_dominate else _ONE_SHARE
 
     def base(self, layer: int, rows: Sequence[int], first: int = 0, end: int | None = None) -> Tensor:
         """The base's residual stream before ``layer``, [R, T, hidden]."""
@@ -261,7 +263,7 @@ class DeviceLayers:
     def base_by_itself(self, prefix: int) -> Tensor:
         """The base's ``head_input`` [P, N, hidden] as these layers compute it, in the parts in which they read."""
         everyone, found, first = range(self.count), [], 0
-        for share in self._shares:
+        for share in self.shares(has_referee=False):
             end = prefix - 1 + int((self.positions + 1 - prefix) * share)
             if end <= first:
                 continue
@@ -309,13 +311,11 @@ class DeviceLayers:
                 x = after
                 self._own.put(layer + 1, x)
 
-    def _worthwhile(self) -> tuple[float, ...]:
+    def _seconds_of_a_layer(self) -> float:
+        """What its products take, about."""
         weights = sum(module.weight.numel() for _, module in self._layers[0].parts.projections)
         of_products = torch.bfloat16 if self._by_differences else self.decoder.model.dtype
-        seconds = 2 * weights * self.count * self.positions / _RATES[of_products]
-        if seconds < _WORTH_FEW * _SECONDS_OF_A_LAYER:
-            return _ONE_SHARE
-        return _FEW_SHARES if seconds < _WORTH_MANY * _SECONDS_OF_A_LAYER else _SHARES
+        return 2 * weights * self.count * self.positions / _RATES[of_products]
 
 
 class _Weights:

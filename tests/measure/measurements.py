@@ -6,13 +6,26 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 
-from dtm_fast.compression import Configuration
+from dtm_fast.compression import Configuration, Treatment
 from dtm_fast.measure import EXTRA_METRICS, Measurement
+from dtm_fast.model import InputStatistics
 from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
 
 needs_kernels = pytest.mark.skipif(
     not has_arithmetic(Arithmetic.FLOAT32), reason="the instruction set in use has no kernel for fused layers"
 )
+
+
+class Ruin(Treatment):
+    """Leaves nothing of a weight that is a number."""
+
+    key = "ruin"
+
+    def compress(self, weight: torch.Tensor, inputs: InputStatistics | None = None) -> torch.Tensor:
+        return weight * torch.nan
+
+    def bits(self, n: int, k: int) -> int:
+        return 0
 
 
 def some(

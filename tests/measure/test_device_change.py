@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from measurements import assert_same, some
+from measurements import Ruin, assert_same, some
 
 import dtm_fast as dtm
 from dtm_fast.errors import MeasurementError, ModelError
@@ -167,15 +167,6 @@ def test_the_change_of_a_layer_is_that_of_its_exact_runs(name, make_probes):
 
 
 def test_a_nan_fails_its_configuration_and_no_other(evaluator):
-    class Ruin(dtm.Treatment):
-        key = "ruin"
-
-        def compress(self, weight, inputs=None):
-            return weight * torch.nan
-
-        def bits(self, n, k):
-            return 0
-
     good = [{UP: dtm.Int8()}, {UP: dtm.Prune(0.5)}]
     expected, finished = evaluator.measure(good, ()), []
     with pytest.raises(MeasurementError, match=rf"^{UP} under ruin: .* not finite$"):

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from measurements import assert_same, some
+from measurements import Ruin, assert_same, some
 
 import dtm_fast as dtm
 from dtm_fast.errors import MeasurementError, ModelError
@@ -178,16 +178,6 @@ def test_a_rebased_evaluator_runs_only_what_differs(evaluator):
     last = list(evaluator.decoder.components)[-1]
     rebased.measure([{UP: dtm.Prune(0.5), last: dtm.Int8()}], ())
     assert rebased.layer_evaluations - before == 1
-
-
-class Ruin(dtm.Treatment):
-    key = "ruin"
-
-    def compress(self, weight, inputs=None):
-        return weight * torch.nan
-
-    def bits(self, n, k):
-        return 0
 
 
 def test_a_nan_fails_its_configuration_and_no_other(evaluator):

@@ -3,7 +3,7 @@ import types
 import pytest
 import tiny
 import torch
-from measurements import assert_same, needs_kernels, some
+from measurements import Ruin, assert_same, needs_kernels, some
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import dtm_fast as dtm
@@ -179,16 +179,6 @@ def test_a_treatment_of_the_input_is_left_to_transformers(evaluator):
     for metrics in ((), ("sdt",)):
         found = evaluator.measure(configurations, metrics)
         assert [m.fdt.tolist() for m in found] == [m.fdt.tolist() for m in expected]
-
-
-class Ruin(dtm.Treatment):
-    key = "ruin"
-
-    def compress(self, weight, inputs=None):
-        return weight * torch.nan
-
-    def bits(self, n, k):
-        return 0
 
 
 @pytest.mark.parametrize("metrics", [(), ("sdt",), ("kl",)])

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from measurements import assert_same, some
+from measurements import Ruin, assert_same, some
 
 import dtm_fast as dtm
 from dtm_fast.errors import MeasurementError, ModelError
@@ -187,16 +187,6 @@ def test_graphs_change_no_bit(cuda, name, make_probes, draw_configuration, dtype
         races = [each.best(candidates, 3) for each in (evaluator, plain)]
     assert [each.configuration for each in races[0].best] == [each.configuration for each in races[1].best]
     assert evaluator._layers._graphs._replays
-
-
-class Ruin(dtm.Treatment):
-    key = "ruin"
-
-    def compress(self, weight, inputs=None):
-        return weight * torch.nan
-
-    def bits(self, n, k):
-        return 0
 
 
 @pytest.mark.parametrize("metrics", [(), ("sdt",), ("kl",)])

@@ -5,6 +5,7 @@ import plain_loop
 import pytest
 import tiny
 import torch
+from measurements import Ruin
 
 import dtm_fast as dtm
 from dtm_fast.compression import Configuration
@@ -189,15 +190,6 @@ def test_the_first_margin_is_how_far_the_base_lost(llama_evaluator):
 
 
 def test_logits_that_are_not_finite_name_the_configuration_and_leave_the_model(llama_evaluator):
-    class Ruin(dtm.Treatment):
-        key = "ruin"
-
-        def compress(self, weight, inputs=None):
-            return weight * torch.nan
-
-        def bits(self, n, k):
-            return 0
-
     before = model_identity(llama_evaluator.model)
     with pytest.raises(MeasurementError, match=rf"{UP} under ruin and 1 more: .* not finite"):
         llama_evaluator.measure([{UP: Ruin(), "model.layers.0.mlp.up_proj": dtm.Int8()}])

@@ -130,6 +130,8 @@ def test_every_stage_is_reached(kernels: torch.device, dtype: torch.dtype) -> No
             reference = (states.double() @ lm_head.double().T).argmax(-1)
             settled = assert_as_the_full_op(hidden, lm_head, reference, certificate)
         if k == (4, 32):
+            # On a GPU the product with all of the vocabulary is faster than the screen (ops/certified_cuda.py).
+            assert settled.pop("int8 screen") == 0
             assert min(settled.values()) > 0, settled
 
 
