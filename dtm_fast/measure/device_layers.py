@@ -23,9 +23,8 @@ from dtm_fast.ops.decoder_layer import Arithmetic
 # Llama 2 7B, for changes small and large (docs/gpu.md). Who may drop a configuration wants to know early, though.
 _ONE_SHARE = (1.0,)
 _SHARES_WITH_REFEREE = (0.1, 1.0)
-_LAUNCHES = (
-    600e-6  # seconds of a layer's products that are worth no less than launching its kernels some times
-)
+# Seconds: a layer whose products take less ends before its kernels are launched.
+_LAUNCHES = 600e-6
 _RATES = {torch.bfloat16: 4e14, torch.float32: 4e13}  # operations a second
 
 _KEPT = 2**28  # bytes of compressed weights, or a quarter of what states may take

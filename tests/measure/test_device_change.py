@@ -130,7 +130,7 @@ def test_the_change_of_a_layer_is_that_of_its_exact_runs(name, make_probes):
     own, x = layers._layers[1], layers.base(1, range(4))
     rounded = [module.weight.bfloat16() for _, module in own.parts.projections]
     inner, out = base_states(own, x, {})
-    # Float32 sums of up to 96 products in another order, of values of some units: a few of their last bits.
+    # Float32 sums of up to 64 products in another order, of values of some units: a few of their last bits.
     torch.testing.assert_close(out, own.run(x, {})[0], rtol=2**-21, atol=2**-21)
     for index, (path, (_, module)) in enumerate(zip(own.paths, own.parts.projections, strict=True)):
         weight = dtm.Prune(0.4).compress(module.weight)
