@@ -96,6 +96,9 @@ int main() {
     // More tokens than there are threads: each thread packs its own.
     test_shape(isa, 1061, 131, 130, Values::kExtremes, FloatType::kFloat32, true);
     test_shape(isa, 1024, 98, 66, Values::kRandom, FloatType::kBfloat16, true);
+    // The weight is packed: one step of K, several blocks of them, a tail of each size.
+    test_shape(isa, 513, 33, 1, Values::kExtremes, FloatType::kBfloat16, true);
+    test_shape(isa, 800, 48, 1289, Values::kExtremes, FloatType::kFloat32, true);
     // Two, three and four vectors of tokens; the last columns fill no register block and no cache line.
     for (int64_t M : {32, 47, 64, 65}) {
       test_shape(isa, M, 101, 70, Values::kExtremes, FloatType::kFloat32, false);

@@ -225,6 +225,12 @@ int main() {
       test_shape(isa, type, {11, 13, 35, 40}, true);
       test_shape(isa, type, {1, 245, 66, 40}, false);
       test_shape(isa, type, {1, 35, 1024, 300}, true);  // rows of float32 a page apart
+      if (isa != CpuIsa::kAmx) continue;
+      // The weight is packed: several blocks of K, tails of each size, tasks of one block of rows more or
+      // less.
+      test_shape(isa, type, {1, 512, 33, 1}, false);
+      test_shape(isa, type, {2, 1061, 70, 353}, true);
+      test_shape(isa, type, {1, 800, 16, 640}, true, 0x1p-126f);
       const bool tiles = isa == CpuIsa::kAmx && type == FloatType::kBfloat16;
       for (int64_t M : {1, 4, 8, 9, 20}) {
         for (int64_t V : {1, 3, 9}) {

@@ -6,6 +6,7 @@
 #include "large_pages.h"
 #include "parallel_for.h"
 #include "quantize_int8.h"
+#include "row_tiles.h"
 #include "scratch_buffer.h"
 #include "store_float.h"
 
@@ -65,9 +66,10 @@ void for_each_tile(const Int8Linear& args, int64_t tile_rows, int64_t tile_cols,
   const int64_t row_tiles = (args.M + tile_rows - 1) / tile_rows;
   const int64_t col_tiles = (args.N + tile_cols - 1) / tile_cols;
   parallel_for(row_tiles * col_tiles, num_threads, [&](int64_t task, int thread) {
-    // Row tiles of one column tile follow each other, so that its weights are read from memory once.
-    const int64_t m0 = task % row_tiles * tile_rows;
-    const int64_t n0 = task / row_tiles * tile_cols;
+    // Column tiles of one row tile follow each other, which all read its tokens out of the second-level
+    // cache.
+    const int64_t m0 = task / col_tiles * tile_rows;
+    const int64_t n0 = task % col_tiles * tile_cols;
     run(m0, std::min(tile_rows, args.M - m0), n0, std::min(tile_cols, args.N - n0), thread);
   });
 }
@@ -176,12 +178,37 @@ void by_packed_tokens(CpuIsa isa, const Int8Linear& args, int num_threads) {
                 });
 }
 
+// Rows of x as tiles, each task multiplying some of them by all of the packed weight; false where there are
+// that does not pay.
+bool by_rows(const Int8Linear& args, int num_threads) {
+  const RowTiles tiles = {args.M, args.N, args.K};
+  const int64_t task_rows = tiles.rows_of_task(num_threads);
+  if (task_rows == 0) return false;
+  ScratchBuffer<char> weight(1, tiles.weight_bytes());
+  parallel_for(RowTiles::blocks(args.N), num_threads, [&](int64_t block, int) {
+    int8_pack_weight_amx(args, block, weight.part(0) + block * tiles.block_bytes());
+  });
+  const int64_t tasks = (args.M + task_rows - 1) / task_rows, blocks = RowTiles::blocks(task_rows);
+  const int threads = threads_used(tasks, num_threads);
+  ScratchBuffer<int8_t> quantized(threads, kInt8TokenBlock * args.K);
+  ScratchBuffer<float> scale(threads, task_rows);
+  ScratchBuffer<char> rows(threads, blocks * tiles.block_bytes());
+  ScratchBuffer<int32_t> sums(threads, blocks * kBlockSums);
+  parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
+    const int64_t m0 = task * task_rows;
+    int8_rows_amx(args, weight.part(0), m0, std::min(task_rows, args.M - m0),
+                  {quantized.part(thread), scale.part(thread), rows.part(thread), sums.part(thread)});
+  });
+  return true;
+}
+
 }  // namespace
 
 void int8_linear(CpuIsa isa, const Int8Linear& args, int num_threads) {
   require_cpu_isa(isa);
   if (args.K > kInt8LinearMaxK) throw std::invalid_argument("int8_linear: K is too large for int32 sums");
   populate_large_pages(args.y, args.M * args.N * size_of(args.type), num_threads);
+  if (isa == CpuIsa::kAmx && by_rows(args, num_threads)) return;
   const int64_t pack_from = isa == CpuIsa::kAmx ? kPackTokensFromAmx : kPackTokensFromVnni;
   if (isa >= CpuIsa::kAvx512Vnni && args.M >= pack_from) {
     by_packed_tokens(isa, args, num_threads);

@@ -73,4 +73,21 @@ Int8TokenTile int8_token_tile_amx;
 
 constexpr int64_t kInt8TokenTileRows = 512;
 
+// So many tokens that packing the weight is worth it, see row_tiles.h.
+
+// Packs weight rows 32 * block and following: RowTiles::block_bytes() of the packed weight.
+void int8_pack_weight_amx(const Int8Linear& args, int64_t block, char* packed);
+
+// What a task of `rows` rows needs, all on lines of cache.
+struct Int8RowScratch {
+  int8_t* quantized;  // [16, K]
+  float* scale;       // [rows, rounded up to 32]
+  char* rows;         // RowTiles::block_bytes() for each 32 rows
+  int32_t* sums;      // kBlockSums for each 32 rows
+};
+
+// y[m0 : m0 + rows, :]
+void int8_rows_amx(const Int8Linear& args, const char* packed_weight, int64_t m0, int64_t rows,
+                   const Int8RowScratch& scratch);
+
 }  // namespace dtm_fast

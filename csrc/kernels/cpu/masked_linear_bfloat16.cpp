@@ -4,6 +4,7 @@
 
 #include "bfloat16_tiles.h"
 #include "parallel_for.h"
+#include "row_tiles.h"
 #include "scratch_buffer.h"
 
 namespace dtm_fast {
@@ -58,10 +59,35 @@ void multiply_chunk(const MaskedLinear& args, int64_t m0, int64_t rows, uint16_t
   });
 }
 
+// Rows of x as tiles, each task multiplying some of them by all of the packed weight; false where that does
+// not pay.
+bool by_rows(const MaskedLinear& args, int num_threads) {
+  const RowTiles tiles = {args.M, args.N, 2 * args.K};
+  const int64_t task_rows = tiles.rows_of_task(num_threads);
+  if (task_rows == 0) return false;
+  const int64_t tasks = (args.M + task_rows - 1) / task_rows, blocks = RowTiles::blocks(task_rows);
+  const int threads = threads_used(tasks, num_threads);
+  ScratchBuffer<char> weight(1, tiles.weight_bytes());
+  ScratchBuffer<char> rows(threads, blocks * tiles.block_bytes());
+  ScratchBuffer<float> sums(threads, blocks * kBlockSums);
+  for (int64_t v = 0; v < args.V; ++v) {
+    parallel_for(RowTiles::blocks(args.N), num_threads, [&](int64_t block, int) {
+      masked_pack_weight_amx(args, v, block, weight.part(0) + block * tiles.block_bytes());
+    });
+    parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
+      const int64_t m0 = task * task_rows;
+      masked_linear_rows_amx(args, v, weight.part(0), m0, std::min(task_rows, args.M - m0),
+                             {rows.part(thread), sums.part(thread)});
+    });
+  }
+  return true;
+}
+
 }  // namespace
 
 void masked_linear_bfloat16(const MaskedLinear& args, int num_threads) {
   if (args.V * args.M * args.N == 0) return;
+  if (by_rows(args, num_threads)) return;
   const int64_t groups = (std::min(kChunkRows, args.M) + kBfloat16Group - 1) / kBfloat16Group;
   ScratchBuffer<uint16_t> packed(1, groups * bfloat16_group_size(args.K));
   for (int64_t m0 = 0; m0 < args.M; m0 += kChunkRows) {

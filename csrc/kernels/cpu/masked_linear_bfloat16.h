@@ -27,4 +27,19 @@ void masked_linear_tile_amx(const MaskedLinear& args, const MaskedLinearTile& ti
 constexpr int64_t kFewRows = 2 * kBfloat16Group;
 void masked_linear_few_amx(const MaskedLinear& args, const MaskedLinearTile& tile);
 
+// So many rows that packing the masked weight is worth it, see row_tiles.h.
+
+// Packs weight rows 32 * block and following under mask v: RowTiles::block_bytes() of the packed weight.
+void masked_pack_weight_amx(const MaskedLinear& args, int64_t v, int64_t block, char* packed);
+
+// What a task of `rows` rows needs, on lines of cache.
+struct MaskedRowScratch {
+  char* rows;   // RowTiles::block_bytes() for each 32 rows
+  float* sums;  // kBlockSums for each 32 rows
+};
+
+// y[v, m0 : m0 + rows, :]
+void masked_linear_rows_amx(const MaskedLinear& args, int64_t v, const char* packed_weight, int64_t m0,
+                            int64_t rows, const MaskedRowScratch& scratch);
+
 }  // namespace dtm_fast
