@@ -148,12 +148,12 @@ void by_few_tokens(CpuIsa isa, const MaskedLinear& args, int num_threads) {
 
 void masked_linear(CpuIsa isa, const MaskedLinear& args, int num_threads) {
   require_cpu_isa(isa);
+  if (args.V == 0 || args.M == 0 || args.N == 0) return;
+  populate_large_pages(args.y, args.V * args.M * args.N * size_of(args.type), num_threads);
   if (isa == CpuIsa::kAmx && args.type == FloatType::kBfloat16) {
     return masked_linear_bfloat16(args, num_threads);
   }
   GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa, args.type);
-  if (args.V == 0 || args.M == 0 || args.N == 0) return;
-  populate_large_pages(args.y, args.V * args.M * args.N * size_of(args.type), num_threads);
   if (isa >= CpuIsa::kAvx512 && args.M <= kFewTokens) {
     by_few_tokens(isa, args, num_threads);
   } else {

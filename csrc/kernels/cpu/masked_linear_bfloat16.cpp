@@ -86,7 +86,6 @@ bool by_rows(const MaskedLinear& args, int num_threads) {
 }  // namespace
 
 void masked_linear_bfloat16(const MaskedLinear& args, int num_threads) {
-  if (args.V * args.M * args.N == 0) return;
   if (by_rows(args, num_threads)) return;
   const int64_t groups = (std::min(kChunkRows, args.M) + kBfloat16Group - 1) / kBfloat16Group;
   ScratchBuffer<uint16_t> packed(1, groups * bfloat16_group_size(args.K));
