@@ -1,5 +1,16 @@
-"""``python -m dtm_fast`` is ``dtm-fast``."""
+"""``dtm-fast``, also as ``python -m dtm_fast``."""
 
-from dtm_fast.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        from dtm_fast.cli import main as run  # torch and transformers with it, which takes seconds
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -222,7 +222,7 @@ def test_what_does_not_fit_the_model_is_refused_before_it_writes_its_completions
     assert not (tmp_path / "run").exists()
 
 
-def test_how_many_measurements_a_beam_and_a_joint_search_will_make(search):
+def test_how_many_measurements_a_search_will_make(search, tmp_path):
     ended, _ = search("beam", "--depth", 2, "--width", 2)
     assert "ETA" not in ended.err  # a race drops what nobody can know beforehand
     ended, _ = search("beam", "--depth", 2, "--width", 2, "--by", "dppl")
@@ -233,6 +233,10 @@ def test_how_many_measurements_a_beam_and_a_joint_search_will_make(search):
     )
     (last,) = re.findall(r"joint: (\d+)/(\d+), .*", ended.err)[-1:]
     assert 0.6 < int(last[0]) / int(last[1]) <= 1
+    criteria = ("--by", "fdt", "--by", "sdt", "--by", "layer error")
+    ended, _ = search("compare", "--run", tmp_path / "compared", "--budget", 11, *criteria)
+    (last,) = re.findall(r"compare: (\d+)/(\d+), .*", ended.err)[-1:]
+    assert 0.9 < int(last[0]) / int(last[1]) <= 1
 
 
 def test_a_plan_is_exported_and_brought_back(search, command, tiny_folder, tmp_path):

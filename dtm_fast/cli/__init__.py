@@ -20,6 +20,7 @@ from dtm_fast.errors import InputError, MeasurementError, TrainingError
 from dtm_fast.ops import backend_info
 from dtm_fast.ops.native import forced_cpu_isa
 from dtm_fast.runs import RunDirectory
+from dtm_fast.version import __version__
 
 
 class _Commands(TyperGroup):
@@ -44,6 +45,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="What compressing each part of a language model does to the text it writes, and the compression planned.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _before_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Says it, and ends.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

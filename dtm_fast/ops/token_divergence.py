@@ -330,8 +330,20 @@ def _fake(
     )
 
 
-# The stages depend on the data: torch.compile leaves its graph here.
-_certified_eagerly: Callable[..., CertifiedDivergence] = torch.compiler.disable(_certified)
+def _certified_eagerly(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    reference: torch.Tensor,
+    certificate: object,
+    backend: str | None,
+) -> CertifiedDivergence:
+    """The stages depend on the data: torch.compile leaves its graph here."""
+    run = _certified
+    if torch.compiler.is_compiling():
+        # Not as a decorator, which would import torch._dynamo, a second, where nothing is compiled.
+        run = torch.compiler.disable(_certified)
+    return run(hidden, lm_head, reference, certificate, backend)
+
 
 _OPERATOR = register(
     "token_divergence(Tensor hidden, Tensor lm_head, Tensor reference, str? backend=None)"

@@ -1,0 +1,54 @@
+"""What importing the package costs, and that all of its names are there."""
+
+import subprocess
+import sys
+
+import pytest
+
+import dtm_fast as dtm
+
+pytestmark = [pytest.mark.process, pytest.mark.once]
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_every_public_name_is_there():
+    assert [name for name in dtm.__all__ if not hasattr(dtm, name)] == []
+    assert set(dtm.__all__) <= set(dir(dtm))
+
+
+def test_another_name_is_refused_as_by_any_module():
+    with pytest.raises(AttributeError, match="module 'dtm_fast' has no attribute 'Int16'"):
+        dtm.Int16  # noqa: B018
+
+
+def test_packages_are_there_without_being_imported():
+    ended = run("import dtm_fast; print(dtm_fast.plan.Plan.__name__, dtm_fast.nn.Int8Linear.__name__)")
+    assert (ended.stdout, ended.stderr) == ("Plan Int8Linear\n", "")
+
+
+def test_who_wants_the_operations_does_not_wait_for_transformers_or_the_compiler():
+    ended = run(
+        "import sys; from dtm_fast import nn, ops; print({'transformers', 'torch._dynamo'} & set(sys.modules))"
+    )
+    assert (ended.stdout, ended.stderr) == ("set()\n", "")
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback():
+    ended = run(
+        """
+import sys
+from dtm_fast.__main__ import main
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "transformers":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupts())
+main()
+"""
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
