@@ -93,6 +93,7 @@ int main() {
     // Several blocks of K and several tiles of tokens.
     test_shape(isa, 70, 70, 2500, Values::kExtremes, FloatType::kFloat32, true);
     test_shape(isa, 600, 37, 700, Values::kRandom, FloatType::kBfloat16, true);
+    test_shape(isa, 300, 70, 1500, Values::kExtremes, FloatType::kBfloat16, false);
     // More tokens than there are threads: each thread packs its own.
     test_shape(isa, 1061, 131, 130, Values::kExtremes, FloatType::kFloat32, true);
     test_shape(isa, 1024, 98, 66, Values::kRandom, FloatType::kBfloat16, true);

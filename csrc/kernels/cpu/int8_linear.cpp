@@ -14,6 +14,8 @@ namespace dtm_fast {
 namespace {
 
 constexpr int64_t kTileCols = 64;
+// On AMX: where a tile ends, what follows it was fetched ahead for nothing if another thread takes it.
+constexpr int64_t kMostTileCols = 256;
 constexpr int64_t kDotTileCols = 256;
 // So many tokens or fewer wait for the weights. Then every thread reads one run of them: memory gives most to
 // few long streams.
@@ -172,14 +174,16 @@ void by_packed_tokens(CpuIsa isa, const Int8Linear& args, int num_threads) {
   const int64_t fitting_rows = kTokenTileBytes / std::max(int64_t{1}, block_size) * kInt8TokenBlock;
   const int64_t step = amx ? 32 : 64;  // the tokens that are multiplied at a time
   const int64_t tile_rows = std::clamp(fitting_rows / step * step, step, kInt8TokenTileRows);
-  for_each_tile(args, tile_rows, amx ? kTileCols : kTokenTileCols, num_threads,
+  const int64_t share = args.N / (4 * std::max(1, num_threads)) / kTileCols * kTileCols;
+  const int64_t tile_cols = amx ? std::clamp(share, kTileCols, kMostTileCols) : kTokenTileCols;
+  for_each_tile(args, tile_rows, tile_cols, num_threads,
                 [&](int64_t m0, int64_t rows, int64_t n0, int64_t cols, int) {
                   token_tile(args, tokens, m0, rows, n0, cols);
                 });
 }
 
-// Rows of x as tiles, each task multiplying some of them by all of the packed weight; false where there are
-// that does not pay.
+// Rows of x as tiles, each task multiplying some of them by all of the packed weight; false where that does
+// not pay.
 bool by_rows(const Int8Linear& args, int num_threads) {
   const RowTiles tiles = {args.M, args.N, args.K};
   const int64_t task_rows = tiles.rows_of_task(num_threads);
