@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "large_pages.h"
 #include "parallel_for.h"
 
 namespace dtm_fast {
@@ -25,6 +26,7 @@ void apply_to_rows(const ApplyMask& args, int num_threads, const ApplyRow& apply
 
 void apply_mask(CpuIsa isa, const ApplyMask& args, int num_threads) {
   require_cpu_isa(isa);
+  populate_large_pages(args.y, args.N * args.K * size_of(args.type), num_threads);
   const bool avx512 = isa >= CpuIsa::kAvx512;
   if (size_of(args.type) == 4) {
     apply_to_rows<uint32_t>(args, num_threads, avx512 ? apply_mask_row32_avx512 : apply_mask_row32_avx2);
