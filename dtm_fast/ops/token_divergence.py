@@ -110,7 +110,12 @@ def token_divergence(
     Source: Deiseroth et al. 2023, "Divergent Token Metrics" (FDT is `first`, SDT is `count`).
     """
     if certificate is not None:
-        return _certified_eagerly(hidden, lm_head, reference, certificate, backend)
+        certified = _certified
+        if torch.compiler.is_compiling():
+            # The stages depend on the data: a graph ends here. As a decorator this would import torch._dynamo, which
+            # takes a second, where nothing is compiled.
+            certified = torch.compiler.disable(_certified)
+        return certified(hidden, lm_head, reference, certificate, backend)
     if is_recorded():
         checks.no_gradient_needed(
             "token_divergence", hidden, lm_head
@@ -328,21 +333,6 @@ def _fake(
         reference.new_empty(per_sequence),
         reference.new_empty(reference.shape, dtype=torch.float32),
     )
-
-
-def _certified_eagerly(
-    hidden: torch.Tensor,
-    lm_head: torch.Tensor,
-    reference: torch.Tensor,
-    certificate: object,
-    backend: str | None,
-) -> CertifiedDivergence:
-    """The stages depend on the data: torch.compile leaves its graph here."""
-    run = _certified
-    if torch.compiler.is_compiling():
-        # Not as a decorator, which would import torch._dynamo, a second, where nothing is compiled.
-        run = torch.compiler.disable(_certified)
-    return run(hidden, lm_head, reference, certificate, backend)
 
 
 _OPERATOR = register(
