@@ -14,6 +14,7 @@ _ROOFS = {
     "int8_vnni": "#b5532a",
     "bf16_amx": "#8fce8f",
     "int8_amx": "#eaa27f",
+    "fp32_in_bf16_amx": "#8db8dd",
 }
 _MARKERS = {"int8_linear": "o", "masked_linear": "s", "token_divergence": "^"}
 

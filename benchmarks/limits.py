@@ -12,14 +12,17 @@ import torch  # before the module of loops: it brings the OpenMP runtime that bo
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "bench"
 NAMES = ("fp32_fma", "bf16_dot", "int8_vnni", "bf16_amx", "int8_amx")
+FP32_IN_BF16 = "fp32_in_bf16_amx"
+_PRODUCTS_IN_BF16 = 6  # of bfloat16, for one of float32 (csrc/kernels/cpu/float32_pieces.h)
 # What could compute products of a type: the roof of a row is that of the best that the machine has, whichever our
 # kernels use.
 INSTRUCTIONS = {
     torch.int8: ("int8_vnni", "int8_amx"),
     torch.bfloat16: ("bf16_dot", "bf16_amx", "fp32_fma"),
-    torch.float32: ("fp32_fma",),
+    torch.float32: ("fp32_fma", FP32_IN_BF16),
 }
-UNITS = {name: "GOP/s" if name.startswith("int8") else "GFLOP/s" for name in NAMES} | {"read": "GB/s"}
+UNITS = {name: "GOP/s" if name.startswith("int8") else "GFLOP/s" for name in (*NAMES, FP32_IN_BF16)}
+UNITS["read"] = "GB/s"
 _REGIONS = 8  # of each limit, each time
 READ_BYTES = 2**30  # on top of any share of a last-level cache that a virtual machine really has
 
@@ -103,6 +106,8 @@ class Probe:
         """Measure every limit `times` more, and return what is the best so far."""
         for name, value in self._values(times):
             self.limits.best[name] = max(self.limits.best.get(name, 0.0), value / 1e9)
+        if "bf16_amx" in self.limits.best:
+            self.limits.best[FP32_IN_BF16] = self.limits.best["bf16_amx"] / _PRODUCTS_IN_BF16
         return self.limits
 
     def _values(self, times: int) -> Iterator[tuple[str, float]]:

@@ -1,12 +1,16 @@
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
 
 #include "../kernels/cpu/bfloat16_tiles.h"
+#include "../kernels/cpu/float32_pieces.h"
 #include "../kernels/cpu/gemm_tile.h"
 #include "../kernels/cpu/masked_few_tokens.h"
 #include "../kernels/cpu/masked_linear.h"
+#include "../kernels/cpu/masked_linear_float32.h"
 #include "../kernels/cpu/store_float.h"
 #include "check.h"
 
@@ -58,6 +62,54 @@ WITH_FMA float dot_on_tiles(const float* x, const float* weight, int64_t K) {
   return total;
 }
 
+float upper_word(float x, uint32_t carry) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits + carry) & 0xffff0000u;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+struct Pieces {
+  Pieces(float x, uint32_t carry) {
+    const float value = without_denormal(x);
+    of[0] = upper_word(x, carry);
+    const float left = without_denormal(value - without_denormal(of[0]));
+    of[1] = upper_word(left, 0);
+    of[2] = without_denormal(left - of[1]);
+  }
+  float of[kFloat32Pieces];
+};
+
+// The order of float32_pieces.h in scalar code.
+WITH_FMA float dot_in_pieces(const float* x, const float* weight, int64_t K) {
+  constexpr int kWeight[] = {2, 1, 1, 0, 0, 0}, kX[] = {0, 0, 1, 1, 0, 2};
+  const int64_t most = piece_block_steps(K) * kPieceStep;
+  float total = 0.0f, block = 0.0f;
+  for (int64_t k0 = 0; k0 < K; k0 += kPieceStep) {
+    for (int p = 0; p < 6; ++p) {
+      float sums[2] = {0.0f, 0.0f};
+      for (int64_t k = k0; k < K && k < k0 + kPieceStep; ++k) {
+        const float a = without_denormal(Pieces(x[k], 0x8000).of[kX[p]]);
+        const float b = without_denormal(Pieces(weight[k], 0).of[kWeight[p]]);
+        float& sum = sums[(k - k0) / (kPieceStep / 2)];
+        sum = without_denormal(std::fmaf(a, b, sum));
+      }
+      block = without_denormal(block + without_denormal(sums[0] + sums[1]));
+    }
+    if ((k0 + kPieceStep) % most != 0 && k0 + kPieceStep < K) continue;
+    total = k0 < most ? block : without_denormal(total + block);
+    block = 0.0f;
+  }
+  return total;
+}
+
+bool is_small(const float* x, int64_t K) {
+  float largest = 0.0f;
+  for (int64_t k = 0; k < K; ++k) largest = std::max(largest, std::fabs(x[k]));
+  return largest > 0.0f && largest < kSmallRow;
+}
+
 // The order of gemm_tile.h for bfloat16 on AVX512-BF16 in scalar code.
 WITH_FMA float dot_of_pairs(const float* x, const float* weight, int64_t K) {
   constexpr int64_t kBlock = 2 * kGemmBlockK;
@@ -79,6 +131,10 @@ WITH_FMA float dot_of_pairs(const float* x, const float* weight, int64_t K) {
 WITH_FMA float dot(CpuIsa isa, FloatType type, const float* x, const float* weight, int64_t K) {
   if (isa == CpuIsa::kAmx && type == FloatType::kBfloat16) return dot_on_tiles(x, weight, K);
   if (isa == CpuIsa::kAvx512Bf16 && type == FloatType::kBfloat16) return dot_of_pairs(x, weight, K);
+  if (isa == CpuIsa::kAmx && !is_small(x, K)) {
+    const float sum = dot_in_pieces(x, weight, K);
+    if (std::isfinite(sum)) return sum;
+  }
   float total = 0.0f;
   for (int64_t k0 = 0; k0 < K; k0 += kGemmBlockK) {
     float block = 0.0f;
@@ -168,6 +224,45 @@ void test_shape(CpuIsa isa, FloatType type, Shape shape, bool with_bias, float s
   }
 }
 
+// Pieces cannot hold what is not finite, nor the largest numbers, and too little of the smallest.
+void test_extremes_in_pieces(int64_t V, int64_t M) {
+  constexpr int64_t N = 35, K = 300, kRowBytes = (K + 7) / 8;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  Random random(static_cast<uint64_t>(100 * V + M));
+  GuardedBuffer<float> x(M * K), weight(N * K), y(V * M * N);
+  GuardedBuffer<uint8_t> mask(V * N * kRowBytes);
+  for (int64_t i = 0; i < M * K; ++i) x[i] = random.uniform();
+  for (int64_t i = 0; i < N * K; ++i) weight[i] = random.uniform();
+  for (int64_t i = 0; i < V * N * kRowBytes; ++i) mask[i] = static_cast<uint8_t>(random.bits() | 1);
+  const float extremes[] = {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN(), 0x1.fffffep127f,
+                            0x1p-130f};
+  for (int64_t m = 0; m < M; m += 3) x[m * K + 8 * (m % 37)] = extremes[m / 3 % 5];
+  for (int64_t k = 0; k < K; ++k) x[(M - 1) * K + k] *= 0x1p-100f;
+  weight[2 * K] = kInfinity;
+  weight[7 * K + 8] = 0x1.fffffep127f;
+  weight[33 * K + 16] = std::numeric_limits<float>::quiet_NaN();
+  const MaskedLinear args = {FloatType::kFloat32,
+                             x.data(),
+                             K,
+                             weight.data(),
+                             K,
+                             mask.data(),
+                             kRowBytes,
+                             N * kRowBytes,
+                             nullptr,
+                             V,
+                             M,
+                             N,
+                             K,
+                             y.data()};
+  masked_linear(CpuIsa::kAmx, args, 2);
+  const std::vector<float> expected = products(CpuIsa::kAmx, args);
+  for (int64_t i = 0; i < V * M * N; ++i) {
+    const float wanted = expected[static_cast<size_t>(i)];
+    CHECK(y[i] == wanted || (std::isnan(y[i]) && std::isnan(wanted)));
+  }
+}
+
 // A machine uses one way of fetching; all of them must give the same bits. The rows lie without gaps, as runs
 // need them.
 void test_fetches(CpuIsa isa, FloatType type, int64_t V, int64_t M) {
@@ -206,7 +301,7 @@ int main() {
     if (isa == CpuIsa::kAvx512Vnni) return;  // the kernels of AVX-512
     for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
       // The kernel of AVX-512, whose ways of fetching test_fetches compares.
-      if (type == FloatType::kFloat32 && isa > CpuIsa::kAvx512) continue;
+      if (type == FloatType::kFloat32 && isa > CpuIsa::kAvx512 && isa != CpuIsa::kAmx) continue;
       for (int64_t K : {0, 1, 7, 8, 9, 16, 17, 31, 255, 256, 257, 300}) {
         for (int64_t M : {0, 1, 5, 12, 16, 33}) {
           for (int64_t N : {0, 1, 15, 33, 70}) {
@@ -225,18 +320,24 @@ int main() {
       test_shape(isa, type, {11, 13, 35, 40}, true);
       test_shape(isa, type, {1, 245, 66, 40}, false);
       test_shape(isa, type, {1, 35, 1024, 300}, true);  // rows of float32 a page apart
+      for (int64_t M : {1, 4, 8, 9, 20}) {
+        for (int64_t V : {1, 3, 9}) {
+          if (isa >= CpuIsa::kAvx512 && isa != CpuIsa::kAmx) test_fetches(isa, type, V, M);
+        }
+      }
+      if (isa == CpuIsa::kAmx && type == FloatType::kFloat32) {
+        for (int64_t V : {1, 3}) {
+          for (int64_t M : {1, 16, 17, 75}) test_extremes_in_pieces(V, M);
+        }
+        test_shape(isa, type, {2, 530, 70, 259}, true);  // two tiles of rows
+        test_shape(isa, type, {1, 60, 70, 300}, false, 0x1p-70f);
+      }
       if (isa != CpuIsa::kAmx) continue;
       // The weight is packed: several blocks of K, tails of each size, tasks of one block of rows more or
       // less.
       test_shape(isa, type, {1, 512, 33, 1}, false);
       test_shape(isa, type, {2, 1061, 70, 353}, true);
       test_shape(isa, type, {1, 800, 16, 640}, true, 0x1p-126f);
-      const bool tiles = isa == CpuIsa::kAmx && type == FloatType::kBfloat16;
-      for (int64_t M : {1, 4, 8, 9, 20}) {
-        for (int64_t V : {1, 3, 9}) {
-          if (isa >= CpuIsa::kAvx512 && !tiles) test_fetches(isa, type, V, M);
-        }
-      }
     }
   });
 }

@@ -28,8 +28,10 @@ def masked_linear(
     Equals `F.linear(x, torch.where(unpack_mask(mask, K), weight, 0), bias)`, for V masks stacked V times.
     A weight that is masked out does not count, even if it is NaN; NaN and infinity in x spread as in the
     dense product. Sums are in float32, and their order depends on neither the batch nor the threads. It is the
-    same for all instruction sets, but for bfloat16 on AVX512-BF16 and on AMX, which have their own and take
-    denormal numbers as zero (the reference twin sums as torch does).
+    same for all instruction sets, but for AMX and, in bfloat16, AVX512-BF16, which have their own and take
+    denormal numbers as zero (the reference twin sums as torch does). AMX multiplies float32 as the sum of three
+    numbers of bfloat16, with no more error than torch's product has; but numbers below 2^-102 lose digits, in x
+    where a larger one than 2^-60 is in their row.
     Differentiable in x, weight and bias; masked_linear_backward.py says what its backward costs.
 
     With nested=True one pass over the weight gives the outputs of a ladder of masks, such as magnitude masks of
@@ -56,7 +58,8 @@ def masked_linear(
             backend is unknown.
         RuntimeError: backend cannot run.
 
-    Source: panels packed for the cache as in Goto & van de Geijn 2008, the mask applied while packing.
+    Source: panels packed for the cache as in Goto & van de Geijn 2008, the mask applied while packing; float32 in
+    bfloat16 as in Henry, Tang, Heinecke 2019.
     """
     if is_recorded():
         return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend, nested))

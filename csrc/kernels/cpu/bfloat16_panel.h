@@ -3,11 +3,10 @@
 // lower instruction set.
 #pragma once
 
-#include <cstring>
-
 #include "amx_tiles.h"
 #include "avx512_vectors.h"
 #include "bfloat16_tiles.h"
+#include "mask_words_avx512.h"
 
 namespace dtm_fast {
 namespace {
@@ -34,20 +33,6 @@ struct WeightRows {
   int64_t mask_stride;
   int64_t rows, K;
 };
-
-// Bits k .. k + 31 of a mask row.
-inline __mmask32 mask_bits(const uint8_t* mask_row, int64_t k) {
-  uint32_t bits;
-  std::memcpy(&bits, mask_row + k / 8, sizeof bits);
-  return bits;
-}
-
-// The same of a row that ends before bit k + 32.
-inline __mmask32 mask_bits_to_end(const uint8_t* mask_row, int64_t k, int64_t K) {
-  uint32_t bits = 0;
-  for (int64_t byte = 0; k + 8 * byte < K; ++byte) bits |= uint32_t{mask_row[k / 8 + byte]} << 8 * byte;
-  return bits;
-}
 
 // to[0 : depth] = from[0 : depth], masked by bits k0 .. of the mask row; zero up to the next step. Lanes that
 // are masked out are never read, so what they hold does not count. Asks the cache for as much from next on.

@@ -1,11 +1,14 @@
 #include "masked_linear.h"
 
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "gemm_tile.h"
 #include "large_pages.h"
 #include "masked_few_tokens.h"
 #include "masked_linear_bfloat16.h"
+#include "masked_linear_float32.h"
 #include "parallel_for.h"
 #include "scratch_buffer.h"
 #include "store_float.h"
@@ -23,6 +26,8 @@ constexpr int64_t kTasksPerThread = 6;
 // For few tokens: bounds of the sums of several variants.
 constexpr int64_t kFewTokensCols = 256;
 constexpr int64_t kFewTokensVariants = 64;
+// Bounds the memory of the rows that are computed once more.
+constexpr int64_t kMostMarkedResults = 8 << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -144,6 +149,37 @@ void by_few_tokens(CpuIsa isa, const MaskedLinear& args, int num_threads) {
   });
 }
 
+// What is marked, as the next lower instruction set computes it, some rows at a time.
+void compute_marked_rows(const MaskedLinear& args, const std::vector<RowMark>& marks, int num_threads) {
+  std::vector<int64_t> rows;
+  for (int64_t m = 0; m < args.M; ++m) {
+    if (marks[static_cast<size_t>(m)] != RowMark::kNone) rows.push_back(m);
+  }
+  const int64_t marked = static_cast<int64_t>(rows.size());
+  const int64_t most = std::clamp<int64_t>(kMostMarkedResults / (args.V * args.N), 1, args.M);
+  for (int64_t first = 0; first < marked; first += most) {
+    MaskedLinear part = args;
+    part.M = std::min(most, marked - first);
+    ScratchBuffer<float> x(1, part.M * args.K), y(1, args.V * part.M * args.N);
+    for (int64_t i = 0; i < part.M; ++i) {
+      const float* row =
+          static_cast<const float*>(args.x) + rows[static_cast<size_t>(first + i)] * args.x_stride;
+      std::copy_n(row, args.K, x.part(0) + i * args.K);
+    }
+    part.x = x.part(0);
+    part.x_stride = args.K;
+    part.y = y.part(0);
+    masked_linear(CpuIsa::kAvx512Bf16, part, num_threads);
+    for (int64_t each = 0; each < args.V * part.M; ++each) {
+      const int64_t v = each / part.M, m = rows[static_cast<size_t>(first + each % part.M)];
+      const float* from = y.part(0) + each * args.N;
+      float* to = static_cast<float*>(args.y) + (v * args.M + m) * args.N;
+      const bool all = marks[static_cast<size_t>(m)] == RowMark::kSmall;
+      for (int64_t n = 0; n < args.N; ++n) to[n] = all || !std::isfinite(to[n]) ? from[n] : to[n];
+    }
+  }
+}
+
 }  // namespace
 
 void masked_linear(CpuIsa isa, const MaskedLinear& args, int num_threads) {
@@ -152,6 +188,11 @@ void masked_linear(CpuIsa isa, const MaskedLinear& args, int num_threads) {
   populate_large_pages(args.y, args.V * args.M * args.N * size_of(args.type), num_threads);
   if (isa == CpuIsa::kAmx && args.type == FloatType::kBfloat16) {
     return masked_linear_bfloat16(args, num_threads);
+  }
+  if (isa == CpuIsa::kAmx) {
+    std::vector<RowMark> marks(static_cast<size_t>(args.M));
+    masked_linear_float32(args, num_threads, marks.data());
+    return compute_marked_rows(args, marks, num_threads);
   }
   GemmTileKernel* const gemm_tile = gemm_tile_kernel(isa, args.type);
   if (isa >= CpuIsa::kAvx512 && args.M <= kFewTokens) {

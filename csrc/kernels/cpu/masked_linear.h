@@ -16,7 +16,7 @@ namespace dtm_fast {
 //
 //   y[v, m, n] = type(sum_k float32(x[m, k]) * (bit k of mask[v, n] ? float32(weight[n, k]) : 0) + bias[n])
 //
-// The order of the sum is that of gemm_tile.h, or for bfloat16 on AMX that of bfloat16_tiles.h.
+// The order of the sum is that of gemm_tile.h, or on AMX that of bfloat16_tiles.h and float32_pieces.h.
 struct MaskedLinear {
   FloatType type;
   const void* x;

@@ -1,0 +1,95 @@
+// The inner loops of float32 in pieces, see float32_pieces.h: weight rows in steps of 32 of K times packed
+// rows of x. Included only by files compiled for AMX; everything is in an anonymous namespace, so that no
+// copy can reach a file of a lower instruction set.
+#pragma once
+
+#include "amx_tiles.h"
+#include "avx512_vectors.h"
+#include "float32_pieces_avx512.h"
+
+namespace dtm_fast {
+namespace {
+
+// What works with tiles whose numbers must be known: called as a function, it would not.
+#define DTM_FAST_INLINE __attribute__((always_inline)) inline
+
+constexpr int64_t kStepRows = 32;  // weight rows of a step: two tiles of each piece
+constexpr int64_t kTileWords = kPieceGroup * kPieceStep;
+constexpr int64_t kStepOfX = kFloat32Pieces * kTileWords;
+constexpr int64_t kTileSums = kPieceGroup * kPieceGroup;
+// The float32 sums of a step's weight rows and a group of x: [32 weight rows][16 rows of x].
+constexpr int64_t kGroupSums = kStepRows * kPieceGroup;
+
+// 32 neighbours of K of a weight row, the first `there` of them.
+DTM_FAST_INLINE Float32Pieces load_weights(const float* from, __mmask32 there) {
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from);
+  return split_weights(low, _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + 16));
+}
+
+// Where the pieces of a step lie: the second 16 weight rows follow after `half` elements.
+struct StepOfWeight {
+  const uint16_t* weight;
+  int64_t piece, half, row_bytes;
+};
+
+// Product p of a step: tiles 0 and 1 += both halves of the weight rows @ x, tiles 2 and 3 the same with the
+// next group of x. To be called for all p in turn: pieces that two products share stay in their tiles.
+template <int kGroups>
+DTM_FAST_INLINE void add_product(int p, const StepOfWeight& w, const uint16_t* x, int64_t group_size) {
+  const bool new_weight = p == 0 || kProductWeight[p] != kProductWeight[p - 1];
+  const bool new_x = p == 0 || kProductX[p] != kProductX[p - 1];
+  const uint16_t* weight = w.weight + kProductWeight[p] * w.piece;
+  const uint16_t* from = x + kProductX[p] * kTileWords;
+  if (new_x) _tile_loadd(6, from, kTileRowBytes);
+  if (new_weight) _tile_loadd(4, weight, w.row_bytes);
+  _tile_dpbf16ps(0, 4, 6);
+  if (new_weight) _tile_loadd(5, weight + w.half, w.row_bytes);
+  _tile_dpbf16ps(1, 5, 6);
+  if (kGroups == 1) return;
+  if (new_x) _tile_loadd(7, from + group_size, kTileRowBytes);
+  _tile_dpbf16ps(2, 4, 7);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// The same where tiles 2 and 3 take the weight rows that follow after `second` elements.
+DTM_FAST_INLINE void add_product_of_two_weights(int p, const StepOfWeight& w, int64_t second,
+                                                const uint16_t* x) {
+  const uint16_t* weight = w.weight + kProductWeight[p] * w.piece;
+  if (p == 0 || kProductX[p] != kProductX[p - 1])
+    _tile_loadd(6, x + kProductX[p] * kTileWords, kTileRowBytes);
+  _tile_loadd(4, weight, w.row_bytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(5, weight + w.half, w.row_bytes);
+  _tile_dpbf16ps(1, 5, 6);
+  _tile_loadd(4, weight + second, w.row_bytes);
+  _tile_dpbf16ps(2, 4, 6);
+  _tile_loadd(5, weight + second + w.half, w.row_bytes);
+  _tile_dpbf16ps(3, 5, 6);
+}
+
+DTM_FAST_INLINE void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// sums [kGroups][32][16] = tiles 0, 1, 2, 3
+template <int kGroups>
+DTM_FAST_INLINE void store_sums(float* sums) {
+  _tile_stored(0, sums, kTileRowBytes);
+  _tile_stored(1, sums + kTileSums, kTileRowBytes);
+  if (kGroups == 2) _tile_stored(2, sums + 2 * kTileSums, kTileRowBytes);
+  if (kGroups == 2) _tile_stored(3, sums + 3 * kTileSums, kTileRowBytes);
+  finish_writes(sums);
+}
+
+// to[0 : count] += from[0 : count], multiples of 16 on lines of cache
+inline void add_to(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 16) {
+    _mm512_store_ps(to + i, _mm512_add_ps(_mm512_load_ps(to + i), _mm512_load_ps(from + i)));
+  }
+}
+
+}  // namespace
+}  // namespace dtm_fast

@@ -1,0 +1,130 @@
+// masked_linear in float32 for few rows of x: every step of 32 of K is split into pieces and masked into one
+// small buffer, from which it is multiplied while the next step follows. The sums stay in their tiles.
+#include "float32_panel_amx.h"
+#include "mask_words_avx512.h"
+#include "masked_linear_float32_store.h"
+
+namespace dtm_fast {
+namespace {
+
+constexpr int64_t kStepSize = kStepRows * kPieceStep;  // of a piece
+constexpr int64_t kStepPieces = kFloat32Pieces * kStepSize;
+constexpr int64_t kAheadBytes = 256;  // how far ahead of its use each weight row is fetched
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What tiles 2 and 3 hold the sums of, beside those of tiles 0 and 1, of the two halves of 32 weight rows.
+enum class Second { kNothing, kRowsOfX, kMask };
+
+// 32 weight rows as they are.
+struct Weights {
+  // Row j of step s.
+  DTM_FAST_INLINE Float32Pieces row(int64_t j, int64_t s, __mmask32 there) const {
+    const float* from = weight + j * stride + s * kPieceStep;
+    for (int64_t line = 0; line < 128; line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes + line, _MM_HINT_T1);
+    }
+    return load_weights(from, there);
+  }
+
+  const float* weight;
+  int64_t stride;
+};
+
+struct Masks {
+  const uint8_t* mask;  // of the first row under the first mask
+  int64_t row_stride, variant_stride;
+};
+
+// Rows j0 .. j1 - 1 of step [masks, kFloat32Pieces, 32, 32], the s-th of K, of which `depth` are there.
+template <int kMasks, bool kWhole>
+DTM_FAST_INLINE void copy_step(const Weights& weights, const Masks& masks, int64_t s, int64_t depth,
+                               int64_t j0, int64_t j1, uint16_t* step) {
+  const __mmask32 there = kWhole ? ~__mmask32{0} : first_words(depth);
+#pragma GCC unroll 4
+  for (int64_t j = j0; j < j1; ++j) {
+    const auto row = weights.row(j, s, there);
+#pragma GCC unroll 2
+    for (int v = 0; v < kMasks; ++v) {
+      const uint8_t* bits = masks.mask + v * masks.variant_stride + j * masks.row_stride + s * kPieceStep / 8;
+      const __mmask32 kept = kWhole ? mask_bits(bits, 0) : there & mask_bits_to_end(bits, 0, depth);
+#pragma GCC unroll 3
+      for (int p = 0; p < kFloat32Pieces; ++p) {
+        _mm512_store_si512(step + v * kStepPieces + p * kStepSize + j * kPieceStep, pairs_of(row, p, kept));
+      }
+    }
+  }
+}
+
+// sums [2][32][16] = `rows` weight rows times x. While a step is multiplied, the next one is copied: one of
+// the products, then some rows, for tiles and vectors work side by side. buffer [2] steps of two masks.
+template <Second second>
+void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int64_t K, const uint16_t* x,
+                   uint16_t* buffer, float* sums) {
+  constexpr int kMasks = second == Second::kMask ? 2 : 1;
+  constexpr int64_t kTiles = second == Second::kNothing ? 2 : 4;
+  const int64_t steps = piece_steps(K), block_steps = piece_block_steps(K);
+  const int64_t group_size = steps * kStepOfX;
+  zero_sums();
+  for (int64_t s = 0; s <= steps; ++s) {
+    uint16_t* const filled = buffer + s % 2 * 2 * kStepPieces;
+    const StepOfWeight used = {buffer + (s + 1) % 2 * 2 * kStepPieces, kStepSize, kStepSize / 2,
+                               kTileRowBytes};
+    const uint16_t* const x_step = x + (s - 1) * kStepOfX;
+    const int64_t depth = K - s * kPieceStep;
+#pragma GCC unroll 6
+    for (int p = 0; p < kPieceProducts; ++p) {
+      const int64_t j0 = rows * p / kPieceProducts & ~3;
+      const int64_t j1 = p + 1 < kPieceProducts ? rows * (p + 1) / kPieceProducts & ~3 : rows;
+
+      if (s > 0 && second == Second::kNothing) add_product<1>(p, used, x_step, 0);
+      if (s > 0 && second == Second::kRowsOfX) add_product<2>(p, used, x_step, group_size);
+      if (s > 0 && second == Second::kMask) add_product_of_two_weights(p, used, kStepPieces, x_step);
+      if (s < steps && depth >= kPieceStep) {
+        copy_step<kMasks, true>(weights, masks, s, depth, j0, j1, filled);
+      } else if (s < steps) {
+        copy_step<kMasks, false>(weights, masks, s, depth, j0, j1, filled);
+      }
+    }
+    finish_writes(filled);
+    if (s == 0 || (s % block_steps != 0 && s < steps)) continue;
+    alignas(64) float block[kTiles * kTileSums];
+    const bool adds = s > block_steps;
+    store_sums<kTiles / 2>(adds ? block : sums);
+    if (adds) add_to(block, kTiles * kTileSums, sums);
+    zero_sums();
+  }
+}
+
+}  // namespace
+
+void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& tile,
+                                   const uint16_t* packed_x) {
+  const TilesInUse tiles;
+  const DenormalsAreZero denormals_are_zero;
+  alignas(64) uint16_t buffer[2 * 2 * kStepPieces] = {};  // rows that are not there must be finite
+  alignas(64) float sums[2 * kGroupSums] = {};
+  const bool two_groups = tile.rows > kPieceGroup, two_masks = !two_groups && tile.variants > 1;
+  const auto multiply = two_groups  ? multiply_rows<Second::kRowsOfX>
+                        : two_masks ? multiply_rows<Second::kMask>
+                                    : multiply_rows<Second::kNothing>;
+  for (int64_t j = 0; j < tile.cols; j += kStepRows) {
+    const int64_t rows = smaller(kStepRows, tile.cols - j), n = tile.n0 + j;
+    const Weights weights = {static_cast<const float*>(args.weight) + n * args.weight_stride,
+                             args.weight_stride};
+    for (int64_t v = 0; v < tile.variants; v += two_masks ? 2 : 1) {
+      const uint8_t* mask = args.mask + (tile.v0 + v) * args.mask_variant_stride + n * args.mask_row_stride;
+      // Where there is no second mask, the first one is taken twice.
+      const int64_t to_second = v + 1 < tile.variants ? args.mask_variant_stride : 0;
+      multiply(weights, {mask, args.mask_row_stride, to_second}, rows, args.K, packed_x, buffer, sums);
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t i = two_groups ? half * kPieceGroup : 0, own = v + (two_masks ? half : 0);
+        if (half == 1 && (!(two_groups || two_masks) || own == tile.variants)) continue;
+        store_float32_block(args, tile.v0 + own, tile.m0 + i, smaller(kPieceGroup, tile.rows - i), n, rows,
+                            sums + half * kGroupSums, tile.marks + i);
+      }
+    }
+  }
+}
+
+}  // namespace dtm_fast
