@@ -9,7 +9,8 @@ namespace {
 
 constexpr int64_t kStepSize = kStepRows * kPieceStep;  // of a piece
 constexpr int64_t kStepPieces = kFloat32Pieces * kStepSize;
-constexpr int64_t kAheadBytes = 256;  // how far ahead of its use each weight row is fetched
+// How far ahead of its use each row of the weight is fetched, and of a mask.
+constexpr int64_t kAheadBytes = 256, kMaskAheadBytes = 64;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -47,6 +48,7 @@ DTM_FAST_INLINE void copy_step(const Weights& weights, const Masks& masks, int64
 #pragma GCC unroll 2
     for (int v = 0; v < kMasks; ++v) {
       const uint8_t* bits = masks.mask + v * masks.variant_stride + j * masks.row_stride + s * kPieceStep / 8;
+      if (kMasks == 1) _mm_prefetch(reinterpret_cast<const char*>(bits) + kMaskAheadBytes, _MM_HINT_T0);
       const __mmask32 kept = kWhole ? mask_bits(bits, 0) : there & mask_bits_to_end(bits, 0, depth);
 #pragma GCC unroll 3
       for (int p = 0; p < kFloat32Pieces; ++p) {
@@ -56,8 +58,8 @@ DTM_FAST_INLINE void copy_step(const Weights& weights, const Masks& masks, int64
   }
 }
 
-// sums [2][32][16] = `rows` weight rows times x. While a step is multiplied, the next one is copied: one of
-// the products, then some rows, for tiles and vectors work side by side. buffer [2] steps of two masks.
+// sums [2][32][16] = `rows` weight rows times x. Tiles and vectors work side by side: one of the products of
+// a step, then some rows of the next, which is copied meanwhile. buffer [2] steps of two masks.
 template <Second second>
 void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int64_t K, const uint16_t* x,
                    uint16_t* buffer, float* sums) {
@@ -70,13 +72,12 @@ void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int
     uint16_t* const filled = buffer + s % 2 * 2 * kStepPieces;
     const StepOfWeight used = {buffer + (s + 1) % 2 * 2 * kStepPieces, kStepSize, kStepSize / 2,
                                kTileRowBytes};
-    const uint16_t* const x_step = x + (s - 1) * kStepOfX;
+    const uint16_t* const x_step = x + (s > 0 ? s - 1 : 0) * kStepOfX;
     const int64_t depth = K - s * kPieceStep;
 #pragma GCC unroll 6
     for (int p = 0; p < kPieceProducts; ++p) {
       const int64_t j0 = rows * p / kPieceProducts & ~3;
       const int64_t j1 = p + 1 < kPieceProducts ? rows * (p + 1) / kPieceProducts & ~3 : rows;
-
       if (s > 0 && second == Second::kNothing) add_product<1>(p, used, x_step, 0);
       if (s > 0 && second == Second::kRowsOfX) add_product<2>(p, used, x_step, group_size);
       if (s > 0 && second == Second::kMask) add_product_of_two_weights(p, used, kStepPieces, x_step);
