@@ -5,14 +5,16 @@ The proof. A base hidden state h has logits z_v = w_v · h and the top token a. 
     z'_a - z'_v = (z_a - z_v) + (w_a - w_v) · Δ >= (z_a - z_v) - ‖w_a - w_v‖ ‖Δ‖        (Cauchy–Schwarz)
 
 so token v cannot win while ‖Δ‖ is below its radius (z_a - z_v) / ‖w_a - w_v‖. That is the whole idea; what
-follows leaves room for rounding, so that the proof is about the logits that `token_divergence` computes.
+follows leaves room for rounding, so that the proof is about the logits that `token_divergence` and `masked_linear`
+compute.
 
-The slack, step by step. u = 2^-24, γ = n u / (1 - n u), and n = D + ⌊D/256⌋ + 8 is at least the number of
+The slack, step by step. u = 2^-24, γ = n u / (1 - n u), and n = D + ⌊D/256⌋ + 8, or 64, is at least the number of
 roundings that any one product meets, in whatever order D products (and blocks of them) are summed, with or
-without fused multiply-adds. Then every computed dot product has |fl(x · y) - x · y| <= γ ‖x‖ ‖y‖ + ε, where
-ε = n 2^-126 covers what underflows, flushed to zero or not (Higham, "Accuracy and Stability of Numerical
-Algorithms", section 3.1). AVX512-BF16 and AMX also take denormal elements as zero, which costs up to
-2^-126 √D (‖x‖ + ‖y‖) more: the norms are computed 2^-100 (D + 1) too large, and γ >= 2^-21 times that much is above it.
+without fused multiply-adds, or in pieces (float32 on AMX, where what is left out counts as 9 roundings). Then
+every computed dot product has |fl(x · y) - x · y| <= γ ‖x‖ ‖y‖ + ε, where ε = n 2^-126 covers what underflows,
+flushed to zero or not (Higham, "Accuracy and Stability of Numerical Algorithms",
+section 3.1). AVX512-BF16 and AMX also take denormal elements and pieces as zero, which costs up to 2^-125
+√D (‖x‖ + ‖y‖) more: the norms are computed 2^-100 (D + 1) too large, and γ >= 2^-21 times that much is above it.
 With s = ‖w_a‖ + ‖w_v‖ and a hat on what was computed:
 
 1. The base's own logits:         z_a - z_v        >= ẑ_a - ẑ_v - γ ‖h‖ s - 2ε.

@@ -14,13 +14,23 @@ LARGEST_LOGIT = 2.0**120
 
 def summation_error(depth: int) -> float:
     """γ for a dot product of `depth` terms, enlarged; infinite where there are too many to say anything."""
-    relative = (depth + depth // 256 + 8) * _UNIT
+    relative = _roundings(depth) * _UNIT
     return relative / (1 - relative) * ENLARGED if relative < 0.5 else float("inf")
 
 
 def underflow_error(depth: int) -> float:
     """ε for a dot product of `depth` terms."""
-    return (depth + depth // 256 + 8) * _LEAST
+    return _roundings(depth) * _LEAST
+
+
+def _roundings(depth: int) -> int:
+    """n: how many roundings a product meets at most.
+
+    64 is more than what float32 in pieces costs for few terms: on AMX, a product meets 16 fused multiply-adds, one
+    addition of two halves and 24 of the six products of four steps, and what is left out of it is below 9 roundings
+    (csrc/kernels/cpu/float32_pieces.h).
+    """
+    return max(depth + depth // 256 + 8, 64)
 
 
 def tie_width(dtype: torch.dtype) -> float:

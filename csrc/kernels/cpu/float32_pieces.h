@@ -9,10 +9,10 @@
 //   x0 w2, x0 w1, x1 w1, x1 w0, x0 w0, x2 w0
 //
 // in this order, each as in bfloat16_tiles.h but for its pairs: "even" are the first 16 of K, "odd" the
-// last 16. Left out are x1 w2, x2 w1 and x2 w2, in all at most 2^-21 |x w| and usually far less, for x1 has
-// either sign. K is cut into blocks, which are summed from zero and then added in order. So in all there is
-// less rounding than with one fused multiply-add after the other: half the error of torch's product, measured
-// from 500 terms on.
+// last 16. Left out are x1 w2, x2 w1 and x2 w2, in all hardly more than 2^-21 |x w| and usually far less, for
+// x1 has either sign. K is cut into blocks, which are summed from zero and then added in order. So in all
+// there is less rounding than with one fused multiply-add after the other: half the error of torch's product,
+// measured from 500 terms on.
 //
 // Denormal numbers, pieces and results are taken as zero everywhere, so that numbers below 2^-102 lose
 // digits. What is not finite has no pieces: masked_linear_float32.h tells what is done with it.
