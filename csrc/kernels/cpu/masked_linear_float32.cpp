@@ -28,8 +28,7 @@ void mark_small(const MaskedLinear& args, int num_threads, RowMark* marks) {
   });
 }
 
-// y cut into tiles, with enough of them to go round, and otherwise as wide as can be: each reads all of its
-// x.
+// y cut into tiles: enough to go round, and otherwise as wide as can be, since each reads all of its x.
 class Tiling {
  public:
   Tiling(const MaskedLinear& args, int64_t most_cols, int num_threads)

@@ -1,5 +1,6 @@
-// masked_linear in float32 on AMX tiles, for more than a few rows of x. The masked pieces of 32 weight rows
-// and a block of K stay in the first-level cache, while the packed block of x passes by.
+// masked_linear in float32 on AMX tiles, for more than a few rows of x. A panel, the masked pieces of 32
+// weight rows in a block of K, stays in the first-level cache while the packed block of x passes by.
+// Meanwhile the vectors copy the next panel and add the sums of the block before.
 #include "float32_panel_amx.h"
 #include "mask_words_avx512.h"
 #include "masked_linear_float32_store.h"
@@ -82,8 +83,9 @@ class PanelCopy {
       const int64_t bit = at_.k0 + k;
       const __mmask32 there = first_words(depth - k);
       __mmask32 kept = 0;
-      if (panels_.has_row(at_, j))
+      if (panels_.has_row(at_, j)) {
         kept = bit + kPieceStep <= K ? mask_bits(mask, bit) : mask_bits_to_end(mask, bit, K);
+      }
       const Float32Pieces pieces = load_weights(from + k, there);
 #pragma GCC unroll 3
       for (int p = 0; p < kFloat32Pieces; ++p) {
