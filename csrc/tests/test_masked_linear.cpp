@@ -84,20 +84,20 @@ struct Pieces {
 // The order of float32_pieces.h in scalar code.
 WITH_FMA float dot_in_pieces(const float* x, const float* weight, int64_t K) {
   constexpr int kWeight[] = {2, 1, 1, 0, 0, 0}, kX[] = {0, 0, 1, 1, 0, 2};
-  const int64_t most = piece_block_steps(K) * kPieceStep;
+  const int64_t most = piece_block_depth(K);
   float total = 0.0f, block = 0.0f;
-  for (int64_t k0 = 0; k0 < K; k0 += kPieceStep) {
+  for (int64_t k0 = 0; k0 < K; k0 += kBfloat16Step) {
     for (int p = 0; p < 6; ++p) {
       float sums[2] = {0.0f, 0.0f};
-      for (int64_t k = k0; k < K && k < k0 + kPieceStep; ++k) {
+      for (int64_t k = k0; k < K && k < k0 + kBfloat16Step; ++k) {
         const float a = without_denormal(Pieces(x[k], 0x8000).of[kX[p]]);
         const float b = without_denormal(Pieces(weight[k], 0).of[kWeight[p]]);
-        float& sum = sums[(k - k0) / (kPieceStep / 2)];
+        float& sum = sums[(k - k0) / (kBfloat16Step / 2)];
         sum = without_denormal(std::fmaf(a, b, sum));
       }
       block = without_denormal(block + without_denormal(sums[0] + sums[1]));
     }
-    if ((k0 + kPieceStep) % most != 0 && k0 + kPieceStep < K) continue;
+    if ((k0 + kBfloat16Step) % most != 0 && k0 + kBfloat16Step < K) continue;
     total = k0 < most ? block : without_denormal(total + block);
     block = 0.0f;
   }

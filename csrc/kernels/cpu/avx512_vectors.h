@@ -9,6 +9,10 @@
 
 #include "float_type.h"
 
+// What hands over arrays of vectors, which would go through memory if it were called as a function, or works
+// with tiles, whose numbers the compiler must know.
+#define DTM_FAST_INLINE __attribute__((always_inline)) inline
+
 namespace dtm_fast {
 namespace {
 
@@ -43,7 +47,7 @@ inline __m512i bfloat16_lanes(__m512 value) {
 }
 
 // In place: r[j] lane i = old r[i] lane j. First inside each block of 4 x 4, then between the blocks.
-__attribute__((always_inline)) inline void transpose_16x16(__m512i r[16]) {
+DTM_FAST_INLINE void transpose_16x16(__m512i r[16]) {
 #pragma GCC unroll 4
   for (int g = 0; g < 16; g += 4) {
     const __m512i low01 = _mm512_unpacklo_epi32(r[g], r[g + 1]);

@@ -19,12 +19,6 @@ constexpr int64_t kPanelStride = kLongestBlock + 32;
 // The float32 sums of a panel and a group of x: [32 weight rows][16 rows of x].
 constexpr int64_t kSumBlock = kPanelRows * kBfloat16Group;
 
-// The depth of all blocks of K but the last: as few blocks as possible, as even as steps allow.
-inline int64_t block_depth(int64_t K, int64_t longest = kLongestBlock) {
-  const int64_t blocks = K <= longest ? 1 : (K + longest - 1) / longest;
-  return ((K + blocks - 1) / blocks + kBfloat16Step - 1) / kBfloat16Step * kBfloat16Step;
-}
-
 // A matrix of weights, masked where mask is not nullptr (its rows are ceil(K / 8) bytes, lowest bit first).
 struct WeightRows {
   const uint16_t* weight;

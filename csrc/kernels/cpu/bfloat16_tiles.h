@@ -27,6 +27,12 @@ static constexpr int64_t bfloat16_group_size(int64_t K) {
   return (K + kBfloat16Step - 1) / kBfloat16Step * kBfloat16Step * kBfloat16Group;
 }
 
+// The depth of all blocks of K but the last: as few blocks as possible, as even as steps allow.
+static constexpr int64_t bfloat16_block_depth(int64_t K, int64_t longest) {
+  const int64_t blocks = K <= longest ? 1 : (K + longest - 1) / longest;
+  return ((K + blocks - 1) / blocks + kBfloat16Step - 1) / kBfloat16Step * kBfloat16Step;
+}
+
 // Packs x [rows, K] of row stride x_stride, rows <= kBfloat16Group; what lies beyond is zero.
 void pack_bfloat16_group_amx(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed);
 

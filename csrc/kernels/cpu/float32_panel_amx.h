@@ -10,15 +10,12 @@
 namespace dtm_fast {
 namespace {
 
-// What works with tiles whose numbers must be known: called as a function, it would not.
-#define DTM_FAST_INLINE __attribute__((always_inline)) inline
-
 constexpr int64_t kStepRows = 32;  // weight rows of a step: two tiles of each piece
-constexpr int64_t kTileWords = kPieceGroup * kPieceStep;
+constexpr int64_t kTileWords = kBfloat16Group * kBfloat16Step;
 constexpr int64_t kStepOfX = kFloat32Pieces * kTileWords;
-constexpr int64_t kTileSums = kPieceGroup * kPieceGroup;
+constexpr int64_t kTileSums = kBfloat16Group * kBfloat16Group;
 // The float32 sums of a step's weight rows and a group of x: [32 weight rows][16 rows of x].
-constexpr int64_t kGroupSums = kStepRows * kPieceGroup;
+constexpr int64_t kGroupSums = kStepRows * kBfloat16Group;
 
 // 32 neighbours of K of a weight row, the first `there` of them.
 DTM_FAST_INLINE Float32Pieces load_weights(const float* from, __mmask32 there) {

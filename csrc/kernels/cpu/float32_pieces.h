@@ -20,28 +20,20 @@
 
 #include <cstdint>
 
+#include "bfloat16_tiles.h"
+
 namespace dtm_fast {
 
 constexpr int kFloat32Pieces = 3;
-// Rows of x that are packed together, and the k of a step.
-constexpr int64_t kPieceGroup = 16, kPieceStep = 32;
 // A block of K, with the pieces of 32 weight rows, shares the first-level cache with two groups of x.
 constexpr int64_t kLongestPieceBlock = 128;
 
-static constexpr int64_t piece_steps(int64_t K) { return (K + kPieceStep - 1) / kPieceStep; }
-
-// Steps of all blocks of K but the last: as few blocks as possible, as even as steps allow.
-static constexpr int64_t piece_block_steps(int64_t K) {
-  const int64_t blocks = K <= kLongestPieceBlock ? 1 : (K + kLongestPieceBlock - 1) / kLongestPieceBlock;
-  return piece_steps((K + blocks - 1) / blocks);
-}
+static constexpr int64_t piece_block_depth(int64_t K) { return bfloat16_block_depth(K, kLongestPieceBlock); }
 
 // Elements of a packed group: [steps][kFloat32Pieces][16 pairs][16 rows][2].
-static constexpr int64_t piece_group_size(int64_t K) {
-  return piece_steps(K) * kFloat32Pieces * kPieceStep * kPieceGroup;
-}
+static constexpr int64_t piece_group_size(int64_t K) { return kFloat32Pieces * bfloat16_group_size(K); }
 
-// Packs x [rows, K] of row stride x_stride, rows <= kPieceGroup; what lies beyond is zero.
+// Packs x [rows, K] of row stride x_stride, rows <= kBfloat16Group; what lies beyond is zero.
 void pack_float32_group_amx(const float* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed);
 
 // The largest |row[k]|, NaN aside.

@@ -4,11 +4,11 @@
 namespace dtm_fast {
 
 void pack_float32_group_amx(const float* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed) {
-  constexpr int64_t kTile = kPieceGroup * kPieceStep;
+  constexpr int64_t kTile = kBfloat16Group * kBfloat16Step;
   const DenormalsAreZero denormals_are_zero;
-  for (int64_t k = 0; k < K; k += kPieceStep, packed += kFloat32Pieces * kTile) {
+  for (int64_t k = 0; k < K; k += kBfloat16Step, packed += kFloat32Pieces * kTile) {
     // The pieces of a row lie where its pairs are then transposed.
-    for (int64_t i = 0; i < kPieceGroup; ++i) {
+    for (int64_t i = 0; i < kBfloat16Group; ++i) {
       const float* row = x + (i < rows ? i * x_stride + k : 0);
       const __mmask16 first = i < rows ? first_lanes(K - k) : __mmask16{0};
       const __mmask16 last = i < rows && K - k > 16 ? first_lanes(K - k - 16) : __mmask16{0};
@@ -17,17 +17,17 @@ void pack_float32_group_amx(const float* x, int64_t x_stride, int64_t rows, int6
       split_x(_mm512_maskz_loadu_ps(last, row + 16), pieces.high);
 #pragma GCC unroll 3
       for (int p = 0; p < kFloat32Pieces; ++p) {
-        _mm512_store_si512(packed + p * kTile + i * kPieceStep, pairs_of(pieces, p, ~__mmask32{0}));
+        _mm512_store_si512(packed + p * kTile + i * kBfloat16Step, pairs_of(pieces, p, ~__mmask32{0}));
       }
     }
     for (int p = 0; p < kFloat32Pieces; ++p) {
       __m512i r[16];
       uint16_t* tile = packed + p * kTile;
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + i * kPieceStep);
+      for (int64_t i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + i * kBfloat16Step);
       transpose_16x16(r);
 #pragma GCC unroll 16
-      for (int64_t pair = 0; pair < 16; ++pair) _mm512_store_si512(tile + pair * kPieceStep, r[pair]);
+      for (int64_t pair = 0; pair < 16; ++pair) _mm512_store_si512(tile + pair * kBfloat16Step, r[pair]);
     }
   }
 }

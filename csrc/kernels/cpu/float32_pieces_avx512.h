@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "avx512_vectors.h"
 #include "float32_pieces.h"
 
 namespace dtm_fast {
@@ -35,28 +36,28 @@ struct Float32Pieces {
 };
 
 // piece[1] and [2] of x, of which piece[0] is known.
-__attribute__((always_inline)) inline void split_rest(__m512 x, __m512i piece[kFloat32Pieces]) {
+DTM_FAST_INLINE void split_rest(__m512 x, __m512i piece[kFloat32Pieces]) {
   const __m512i upper_words = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __m512 left = _mm512_sub_ps(x, _mm512_castsi512_ps(piece[0]));
   piece[1] = _mm512_and_si512(_mm512_castps_si512(left), upper_words);
   piece[2] = _mm512_castps_si512(_mm512_sub_ps(left, _mm512_castsi512_ps(piece[1])));
 }
 
-__attribute__((always_inline)) inline void split_weight(__m512 weight, __m512i piece[kFloat32Pieces]) {
+DTM_FAST_INLINE void split_weight(__m512 weight, __m512i piece[kFloat32Pieces]) {
   const __m512i upper_words = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   piece[0] = _mm512_and_si512(_mm512_castps_si512(weight), upper_words);
   split_rest(weight, piece);
 }
 
 // Near the largest number, piece[0] becomes infinite.
-__attribute__((always_inline)) inline void split_x(__m512 x, __m512i piece[kFloat32Pieces]) {
+DTM_FAST_INLINE void split_x(__m512 x, __m512i piece[kFloat32Pieces]) {
   const __m512i upper_words = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __m512i carried = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000));
   piece[0] = _mm512_and_si512(carried, upper_words);
   split_rest(x, piece);
 }
 
-__attribute__((always_inline)) inline Float32Pieces split_weights(__m512 low, __m512 high) {
+DTM_FAST_INLINE Float32Pieces split_weights(__m512 low, __m512 high) {
   Float32Pieces pieces;
   split_weight(low, pieces.low);
   split_weight(high, pieces.high);
@@ -64,7 +65,7 @@ __attribute__((always_inline)) inline Float32Pieces split_weights(__m512 low, __
 }
 
 // Piece p as pairs of k and k + 16; zeros for those that are not kept.
-__attribute__((always_inline)) inline __m512i pairs_of(const Float32Pieces& pieces, int p, __mmask32 kept) {
+DTM_FAST_INLINE __m512i pairs_of(const Float32Pieces& pieces, int p, __mmask32 kept) {
   const __m512i low = _mm512_maskz_srli_epi32(static_cast<__mmask16>(kept), pieces.low[p], 16);
   return _mm512_mask_or_epi32(low, static_cast<__mmask16>(kept >> 16), low, pieces.high[p]);
 }

@@ -19,9 +19,6 @@
 #define DTM_FAST_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// What hands over arrays of vectors: called as a function, they would go through memory.
-#define DTM_FAST_INLINE __attribute__((always_inline)) inline
-
 namespace dtm_fast {
 namespace {
 

@@ -9,7 +9,7 @@ void masked_linear_tile_amx(const MaskedLinear& args, const MaskedLinearTile& ti
   const int64_t group_size = bfloat16_group_size(args.K);
   const int64_t groups = (tile.rows + kBfloat16Group - 1) / kBfloat16Group;
   const int64_t panels = (tile.cols + kPanelRows - 1) / kPanelRows;
-  const int64_t most_depth = block_depth(args.K);
+  const int64_t most_depth = bfloat16_block_depth(args.K, kLongestBlock);
   WeightRows w;
   w.weight = static_cast<const uint16_t*>(args.weight) + tile.n0 * args.weight_stride;
   w.weight_stride = args.weight_stride;

@@ -164,7 +164,7 @@ void masked_linear_few_amx(const MaskedLinear& args, const MaskedLinearTile& til
   const TilesInUse tiles;
   alignas(64) uint16_t step[2 * kStepSize];
   const int64_t groups = (tile.rows + kBfloat16Group - 1) / kBfloat16Group;
-  const int64_t most_depth = block_depth(args.K, kLongestRun);
+  const int64_t most_depth = bfloat16_block_depth(args.K, kLongestRun);
   const int64_t together = groups == 1 ? 2 : 1;  // variants that share a reading of the weight
   const int64_t passes = (tile.variants + together - 1) / together;
   const int64_t weight_lines = (kPanelRows + passes - 1) / passes;

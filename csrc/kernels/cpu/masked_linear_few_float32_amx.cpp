@@ -7,7 +7,7 @@
 namespace dtm_fast {
 namespace {
 
-constexpr int64_t kStepSize = kStepRows * kPieceStep;  // of a piece
+constexpr int64_t kStepSize = kStepRows * kBfloat16Step;  // of a piece
 constexpr int64_t kStepPieces = kFloat32Pieces * kStepSize;
 // How far ahead of its use each row of the weight is fetched, and of a mask.
 constexpr int64_t kAheadBytes = 256, kMaskAheadBytes = 64;
@@ -21,7 +21,7 @@ enum class Second { kNothing, kRowsOfX, kMask };
 struct Weights {
   // Row j of step s.
   DTM_FAST_INLINE Float32Pieces row(int64_t j, int64_t s, __mmask32 there) const {
-    const float* from = weight + j * stride + s * kPieceStep;
+    const float* from = weight + j * stride + s * kBfloat16Step;
     for (int64_t line = 0; line < 128; line += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes + line, _MM_HINT_T1);
     }
@@ -44,15 +44,18 @@ DTM_FAST_INLINE void copy_step(const Weights& weights, const Masks& masks, int64
   const __mmask32 there = kWhole ? ~__mmask32{0} : first_words(depth);
 #pragma GCC unroll 4
   for (int64_t j = j0; j < j1; ++j) {
-    const auto row = weights.row(j, s, there);
+    const Float32Pieces row = weights.row(j, s, there);
 #pragma GCC unroll 2
     for (int v = 0; v < kMasks; ++v) {
-      const uint8_t* bits = masks.mask + v * masks.variant_stride + j * masks.row_stride + s * kPieceStep / 8;
+      const uint8_t* bits =
+          masks.mask + v * masks.variant_stride + j * masks.row_stride + s * kBfloat16Step / 8;
+      // With two masks the products take longer than reading them, and fetching would only add to that.
       if (kMasks == 1) _mm_prefetch(reinterpret_cast<const char*>(bits) + kMaskAheadBytes, _MM_HINT_T0);
       const __mmask32 kept = kWhole ? mask_bits(bits, 0) : there & mask_bits_to_end(bits, 0, depth);
 #pragma GCC unroll 3
       for (int p = 0; p < kFloat32Pieces; ++p) {
-        _mm512_store_si512(step + v * kStepPieces + p * kStepSize + j * kPieceStep, pairs_of(row, p, kept));
+        _mm512_store_si512(step + v * kStepPieces + p * kStepSize + j * kBfloat16Step,
+                           pairs_of(row, p, kept));
       }
     }
   }
@@ -65,7 +68,8 @@ void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int
                    uint16_t* buffer, float* sums) {
   constexpr int kMasks = second == Second::kMask ? 2 : 1;
   constexpr int64_t kTiles = second == Second::kNothing ? 2 : 4;
-  const int64_t steps = piece_steps(K), block_steps = piece_block_steps(K);
+  const int64_t steps = (K + kBfloat16Step - 1) / kBfloat16Step,
+                block_steps = piece_block_depth(K) / kBfloat16Step;
   const int64_t group_size = steps * kStepOfX;
   zero_sums();
   for (int64_t s = 0; s <= steps; ++s) {
@@ -73,7 +77,7 @@ void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int
     const StepOfWeight used = {buffer + (s + 1) % 2 * 2 * kStepPieces, kStepSize, kStepSize / 2,
                                kTileRowBytes};
     const uint16_t* const x_step = x + (s > 0 ? s - 1 : 0) * kStepOfX;
-    const int64_t depth = K - s * kPieceStep;
+    const int64_t depth = K - s * kBfloat16Step;
 #pragma GCC unroll 6
     for (int p = 0; p < kPieceProducts; ++p) {
       const int64_t j0 = rows * p / kPieceProducts & ~3;
@@ -81,7 +85,7 @@ void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int
       if (s > 0 && second == Second::kNothing) add_product<1>(p, used, x_step, 0);
       if (s > 0 && second == Second::kRowsOfX) add_product<2>(p, used, x_step, group_size);
       if (s > 0 && second == Second::kMask) add_product_of_two_weights(p, used, kStepPieces, x_step);
-      if (s < steps && depth >= kPieceStep) {
+      if (s < steps && depth >= kBfloat16Step) {
         copy_step<kMasks, true>(weights, masks, s, depth, j0, j1, filled);
       } else if (s < steps) {
         copy_step<kMasks, false>(weights, masks, s, depth, j0, j1, filled);
@@ -105,7 +109,7 @@ void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& 
   const DenormalsAreZero denormals_are_zero;
   alignas(64) uint16_t buffer[2 * 2 * kStepPieces] = {};  // rows that are not there must be finite
   alignas(64) float sums[2 * kGroupSums] = {};
-  const bool two_groups = tile.rows > kPieceGroup, two_masks = !two_groups && tile.variants > 1;
+  const bool two_groups = tile.rows > kBfloat16Group, two_masks = !two_groups && tile.variants > 1;
   const auto multiply = two_groups  ? multiply_rows<Second::kRowsOfX>
                         : two_masks ? multiply_rows<Second::kMask>
                                     : multiply_rows<Second::kNothing>;
@@ -119,9 +123,9 @@ void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& 
       const int64_t to_second = v + 1 < tile.variants ? args.mask_variant_stride : 0;
       multiply(weights, {mask, args.mask_row_stride, to_second}, rows, args.K, packed_x, buffer, sums);
       for (int64_t half = 0; half < 2; ++half) {
-        const int64_t i = two_groups ? half * kPieceGroup : 0, own = v + (two_masks ? half : 0);
+        const int64_t i = two_groups ? half * kBfloat16Group : 0, own = v + (two_masks ? half : 0);
         if (half == 1 && (!(two_groups || two_masks) || own == tile.variants)) continue;
-        store_float32_block(args, tile.v0 + own, tile.m0 + i, smaller(kPieceGroup, tile.rows - i), n, rows,
+        store_float32_block(args, tile.v0 + own, tile.m0 + i, smaller(kBfloat16Group, tile.rows - i), n, rows,
                             sums + half * kGroupSums, tile.marks + i);
       }
     }

@@ -34,7 +34,7 @@ class Tiling {
   Tiling(const MaskedLinear& args, int64_t most_cols, int num_threads)
       : args_(args),
         row_tiles_(ceil_div(args.M, kTileRows)),
-        rows_(ceil_div(ceil_div(args.M, row_tiles_), kPieceGroup) * kPieceGroup),
+        rows_(ceil_div(ceil_div(args.M, row_tiles_), kBfloat16Group) * kBfloat16Group),
         variants_(std::min(kTileVariants, args.V)) {
     const int64_t in_cache = kTileSums / float32_tile_sums(variants_, rows_, kPanelCols);
     const int64_t to_share = args.N * row_tiles_ / (4 * num_threads * kPanelCols);
@@ -46,7 +46,7 @@ class Tiling {
 
   int64_t tasks() const { return row_tiles_ * col_tiles_ * ceil_div(args_.V, variants_); }
   int64_t sums() const { return float32_tile_sums(variants_, rows_, cols_); }
-  int64_t block_of_x() const { return rows_ / kPieceGroup * piece_group_size(kLongestPieceBlock); }
+  int64_t block_of_x() const { return rows_ / kBfloat16Group * piece_group_size(kLongestPieceBlock); }
 
   // Row tiles of one column tile follow each other, so that its weights are read from memory once.
   Float32Tile tile(int64_t task, RowMark* marks) const {
@@ -68,12 +68,12 @@ class Tiling {
 
 void few_rows(const MaskedLinear& args, int num_threads, RowMark* marks) {
   const Tiling tiling(args, kMostFewCols, num_threads);
-  const int64_t groups = ceil_div(args.M, kPieceGroup), group_size = piece_group_size(args.K);
+  const int64_t groups = ceil_div(args.M, kBfloat16Group), group_size = piece_group_size(args.K);
   ScratchBuffer<uint16_t> x(1, groups * group_size);
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t m = g * kPieceGroup;
+    const int64_t m = g * kBfloat16Group;
     pack_float32_group_amx(static_cast<const float*>(args.x) + m * args.x_stride, args.x_stride,
-                           std::min(kPieceGroup, args.M - m), args.K, x.part(0) + g * group_size);
+                           std::min(kBfloat16Group, args.M - m), args.K, x.part(0) + g * group_size);
   }
   parallel_for(tiling.tasks(), num_threads, [&](int64_t task, int) {
     masked_linear_few_float32_amx(args, tiling.tile(task, marks), x.part(0));

@@ -40,7 +40,7 @@ void masked_linear_float32_amx(const MaskedLinear& args, const Float32Tile& tile
 
 // The same for at most kFewRows rows, where reading the weight takes longer than multiplying; packed x: its
 // groups.
-constexpr int64_t kFewFloat32Rows = 2 * kPieceGroup;
+constexpr int64_t kFewFloat32Rows = 2 * kBfloat16Group;
 void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& tile,
                                    const uint16_t* packed_x);
 

@@ -10,7 +10,7 @@ namespace {
 
 // Of the rows of a panel, in elements: an odd number of cache lines, so that the 16 lines of a tile lie in 16
 // different cache sets.
-constexpr int64_t kPanelStride = kLongestPieceBlock + kPieceStep;
+constexpr int64_t kPanelStride = kLongestPieceBlock + kBfloat16Step;
 constexpr int64_t kPanelPiece = kStepRows * kPanelStride;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -24,7 +24,7 @@ struct Place {
 class Panels {
  public:
   Panels(const MaskedLinear& args, const Float32Tile& tile)
-      : args_(args), tile_(tile), most_depth_(piece_block_steps(args.K) * kPieceStep) {}
+      : args_(args), tile_(tile), most_depth_(piece_block_depth(args.K)) {}
 
   int64_t count() const { return (tile_.cols + kStepRows - 1) / kStepRows; }
   int64_t depth(const Place& at) const { return smaller(most_depth_, args_.K - at.k0); }
@@ -77,14 +77,14 @@ class PanelCopy {
     const float* next = panels_.is_end(after_) ? from : panels_.weights(after_, j);
     const uint8_t* mask = panels_.mask(at_, j);
     const int64_t depth = panels_.depth(at_), K = panels_.K();
-    for (int64_t k = 0; k < depth; k += kPieceStep) {
+    for (int64_t k = 0; k < depth; k += kBfloat16Step) {
       _mm_prefetch(reinterpret_cast<const char*>(next + k), _MM_HINT_T1);
       _mm_prefetch(reinterpret_cast<const char*>(next + k + 16), _MM_HINT_T1);
       const int64_t bit = at_.k0 + k;
       const __mmask32 there = first_words(depth - k);
       __mmask32 kept = 0;
       if (panels_.has_row(at_, j)) {
-        kept = bit + kPieceStep <= K ? mask_bits(mask, bit) : mask_bits_to_end(mask, bit, K);
+        kept = bit + kBfloat16Step <= K ? mask_bits(mask, bit) : mask_bits_to_end(mask, bit, K);
       }
       const Float32Pieces pieces = load_weights(from + k, there);
 #pragma GCC unroll 3
@@ -116,7 +116,7 @@ void multiply_groups(const uint16_t* panel, int64_t depth, const uint16_t* x, in
   int64_t added = 0;
   finish_writes(panel);
   zero_sums();
-  for (int64_t k = 0; k < depth; k += kPieceStep, x += kStepOfX) {
+  for (int64_t k = 0; k < depth; k += kBfloat16Step, x += kStepOfX) {
     const StepOfWeight step = {panel + k, kPanelPiece, kStepRows / 2 * kPanelStride, kPanelStride * 2};
 #pragma GCC unroll 6
     for (int p = 0; p < kPieceProducts; ++p) add_product<kGroups>(p, step, x, group_size);
@@ -132,9 +132,9 @@ void multiply_groups(const uint16_t* panel, int64_t depth, const uint16_t* x, in
 // The block of K at k0 of the rows of a tile, packed.
 void pack_block(const MaskedLinear& args, const Float32Tile& tile, int64_t k0, int64_t depth,
                 uint16_t* packed) {
-  for (int64_t i = 0; i < tile.rows; i += kPieceGroup, packed += piece_group_size(depth)) {
+  for (int64_t i = 0; i < tile.rows; i += kBfloat16Group, packed += piece_group_size(depth)) {
     const float* x = static_cast<const float*>(args.x) + (tile.m0 + i) * args.x_stride + k0;
-    pack_float32_group_amx(x, args.x_stride, smaller(kPieceGroup, tile.rows - i), depth, packed);
+    pack_float32_group_amx(x, args.x_stride, smaller(kBfloat16Group, tile.rows - i), depth, packed);
   }
 }
 
@@ -147,7 +147,7 @@ void masked_linear_float32_amx(const MaskedLinear& args, const Float32Tile& tile
   alignas(64) uint16_t buffers[2][kFloat32Pieces * kPanelPiece];
   alignas(64) float blocks[2][2 * kGroupSums];
   const Panels panels(args, tile);
-  const int64_t groups = (tile.rows + kPieceGroup - 1) / kPieceGroup;
+  const int64_t groups = (tile.rows + kBfloat16Group - 1) / kBfloat16Group;
   const int64_t sums_of_panel = groups * kGroupSums;
   if (args.K == 0) {
     const int64_t count = tile.variants * panels.count() * sums_of_panel;
@@ -161,7 +161,8 @@ void masked_linear_float32_amx(const MaskedLinear& args, const Float32Tile& tile
     const int64_t depth = panels.depth(at), group_size = piece_group_size(depth);
     if (at.panel == 0 && at.v == 0) pack_block(args, tile, at.k0, depth, scratch.block_of_x);
     PanelCopy next(panels, panels.after(at), buffers[1 - buffer]);
-    const int64_t times = (groups + 1) / 2 * piece_steps(depth), rows = (kStepRows + times - 1) / times;
+    const int64_t times = (groups + 1) / 2 * ((depth + kBfloat16Step - 1) / kBfloat16Step),
+                  rows = (kStepRows + times - 1) / times;
     float* const sums = scratch.sums + (at.v * panels.count() + at.panel) * sums_of_panel;
     for (int64_t g = 0; g < groups; g += 2, turn = 1 - turn) {
       float* const own = sums + g * kGroupSums;
@@ -175,12 +176,12 @@ void masked_linear_float32_amx(const MaskedLinear& args, const Float32Tile& tile
   }
   add_to(pending.from, pending.count, pending.to);
   for (int64_t v = 0; v < tile.variants; ++v) {
-    for (int64_t i = 0; i < tile.rows; i += kPieceGroup) {
-      const int64_t rows = smaller(kPieceGroup, tile.rows - i);
+    for (int64_t i = 0; i < tile.rows; i += kBfloat16Group) {
+      const int64_t rows = smaller(kBfloat16Group, tile.rows - i);
       for (int64_t p = 0; p < panels.count(); ++p) {
         const int64_t j = p * kStepRows, cols = smaller(kStepRows, tile.cols - j);
         const float* sums =
-            scratch.sums + (v * panels.count() + p) * sums_of_panel + i / kPieceGroup * kGroupSums;
+            scratch.sums + (v * panels.count() + p) * sums_of_panel + i / kBfloat16Group * kGroupSums;
         store_float32_block(args, tile.v0 + v, tile.m0 + i, rows, tile.n0 + j, cols, sums, tile.marks + i);
       }
     }

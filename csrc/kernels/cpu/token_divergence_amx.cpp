@@ -124,7 +124,7 @@ void summarize_wide_tile_amx(const WideTile& tile) {
   RowGroup state[kWideTileRows / kBfloat16Group];
   const int64_t group_size = bfloat16_group_size(tile.D);
   const int64_t groups = (tile.rows + kBfloat16Group - 1) / kBfloat16Group;
-  const int64_t most_depth = block_depth(tile.D);
+  const int64_t most_depth = bfloat16_block_depth(tile.D, kLongestBlock);
   const bool one_block = tile.D <= most_depth;
   const WeightRows w = {tile.lm_head, tile.lm_head_stride, nullptr, 0, tile.tokens, tile.D};
   for (int64_t g = 0; g < groups; ++g) start(tile, g * kBfloat16Group, state[g]);
