@@ -84,22 +84,26 @@ struct Pieces {
 // The order of float32_pieces.h in scalar code.
 WITH_FMA float dot_in_pieces(const float* x, const float* weight, int64_t K) {
   constexpr int kWeight[] = {2, 1, 1, 0, 0, 0}, kX[] = {0, 0, 1, 1, 0, 2};
-  const int64_t most = piece_block_depth(K);
-  float total = 0.0f, block = 0.0f;
-  for (int64_t k0 = 0; k0 < K; k0 += kBfloat16Step) {
-    for (int p = 0; p < 6; ++p) {
-      float sums[2] = {0.0f, 0.0f};
-      for (int64_t k = k0; k < K && k < k0 + kBfloat16Step; ++k) {
-        const float a = without_denormal(Pieces(x[k], 0x8000).of[kX[p]]);
-        const float b = without_denormal(Pieces(weight[k], 0).of[kWeight[p]]);
-        float& sum = sums[(k - k0) / (kBfloat16Step / 2)];
-        sum = without_denormal(std::fmaf(a, b, sum));
+  const PieceBlocks blocks(K);
+  float total = 0.0f, eight = 0.0f;
+  for (int64_t first = 0; first < K; first = blocks.after(first)) {
+    float block = 0.0f;
+    for (int64_t k0 = first; k0 < first + blocks.depth(first); k0 += kBfloat16Step) {
+      for (int p = 0; p < 6; ++p) {
+        float sums[2] = {0.0f, 0.0f};
+        for (int64_t k = k0; k < K && k < k0 + kBfloat16Step; ++k) {
+          const float a = without_denormal(Pieces(x[k], 0x8000).of[kX[p]]);
+          const float b = without_denormal(Pieces(weight[k], 0).of[kWeight[p]]);
+          float& sum = sums[(k - k0) / (kBfloat16Step / 2)];
+          sum = without_denormal(std::fmaf(a, b, sum));
+        }
+        block = without_denormal(block + without_denormal(sums[0] + sums[1]));
       }
-      block = without_denormal(block + without_denormal(sums[0] + sums[1]));
     }
-    if ((k0 + kBfloat16Step) % most != 0 && k0 + kBfloat16Step < K) continue;
-    total = k0 < most ? block : without_denormal(total + block);
-    block = 0.0f;
+    eight = blocks.starts_eight(first) ? block : without_denormal(eight + block);
+    if (blocks.ends_eight(first)) {
+      total = blocks.is_of_first_eight(first) ? eight : without_denormal(total + eight);
+    }
   }
   return total;
 }
@@ -330,6 +334,9 @@ int main() {
           for (int64_t M : {1, 16, 17, 75}) test_extremes_in_pieces(V, M);
         }
         test_shape(isa, type, {2, 530, 70, 259}, true);  // two tiles of rows
+        for (int64_t K : {1024, 1025, 1160, 2200}) {     // one eight of blocks, and more
+          for (int64_t M : {1, 20, 70}) test_shape(isa, type, {2, M, 40, K}, true);
+        }
         test_shape(isa, type, {1, 60, 70, 300}, false, 0x1p-70f);
       }
       if (isa != CpuIsa::kAmx) continue;

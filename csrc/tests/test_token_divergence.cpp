@@ -2,6 +2,8 @@
 #include <cstring>
 #include <limits>
 
+#include "../kernels/cpu/masked_linear.h"
+#include "../kernels/cpu/row_marks.h"
 #include "../kernels/cpu/store_float.h"
 #include "../kernels/cpu/token_divergence.h"
 #include "check.h"
@@ -63,6 +65,85 @@ void test_shape(CpuIsa isa, FloatType type, int64_t T, int64_t V, int64_t D) {
   }
 }
 
+// Few families of tokens that hardly differ, so that the last bits of the logits decide: they must be those
+// of masked_linear, which has the same order of sums and a scalar twin of it. Some rows cannot be multiplied
+// in pieces.
+void test_near_ties(CpuIsa isa, FloatType type, int64_t T, int64_t V, int64_t D) {
+  Random random(static_cast<uint64_t>(T * V + D));
+  constexpr int64_t kFamilies = 7;
+  const bool narrow = type == FloatType::kBfloat16;
+  const int64_t bytes = narrow ? 2 : 4;
+  GuardedBuffer<char> hidden(T * D * bytes), head(V * D * bytes);
+  std::vector<float> families(static_cast<size_t>(kFamilies * D));
+  for (float& each : families) each = random.uniform();
+  for (int64_t v = 0; v < V; ++v) {
+    for (int64_t d = 0; d < D; ++d) {
+      const float noise = random.uniform() * (narrow ? 0x1p-9f : 0x1p-24f);
+      store_float(head.data(), type, v * D + d,
+                  families[static_cast<size_t>(v % kFamilies * D + d)] * (1.0f + noise));
+    }
+  }
+  for (int64_t t = 0; t < T; ++t) {
+    const float scale = t % 19 == 3 ? kSmallRow / 4 : 1.0f;
+    for (int64_t d = 0; d < D; ++d) store_float(hidden.data(), type, t * D + d, random.uniform() * scale);
+    // Too large for a piece, so that all logits of the row are, but they are finite.
+    if (!narrow && t % 19 == 7) store_float(hidden.data(), type, t * D, 0x1.fffffep127f);
+  }
+  const int64_t mask_bytes = (D + 7) / 8;
+  const std::vector<uint8_t> mask(static_cast<size_t>(mask_bytes), 0xff);
+  std::vector<char> product(static_cast<size_t>(T * V * bytes));
+  MaskedLinear linear = {};
+  linear.type = type;
+  linear.x = hidden.data();
+  linear.x_stride = D;
+  linear.weight = head.data();
+  linear.weight_stride = D;
+  linear.mask = mask.data();
+  linear.V = 1;
+  linear.M = T;
+  linear.N = V;
+  linear.K = D;
+  linear.y = product.data();
+  masked_linear(isa, linear, 2);
+  std::vector<int64_t> winner(static_cast<size_t>(T)), other(static_cast<size_t>(T));
+  std::vector<double> expected(static_cast<size_t>(T));
+  for (int64_t t = 0; t < T; ++t) {
+    std::vector<float> logits(static_cast<size_t>(V));
+    for (int64_t v = 0; v < V; ++v) {
+      const int64_t at = t * V + v;
+      logits[static_cast<size_t>(v)] =
+          narrow ? float_from_bfloat16(reinterpret_cast<const uint16_t*>(product.data())[at])
+                 : reinterpret_cast<const float*>(product.data())[at];
+    }
+    int64_t best = 0;
+    for (int64_t v = 0; v < V; ++v) {
+      const float logit = logits[static_cast<size_t>(v)];
+      if (std::isnan(logits[static_cast<size_t>(best)])) break;
+      if (std::isnan(logit) || logit > logits[static_cast<size_t>(best)]) best = v;
+    }
+    const float largest = logits[static_cast<size_t>(best)];
+    double sum = 0.0;
+    for (float logit : logits) sum += std::exp(static_cast<double>(logit) - largest);
+    winner[static_cast<size_t>(t)] = best;
+    other[static_cast<size_t>(t)] = (best + kFamilies) % V;  // of the same family, unless at the end
+    expected[static_cast<size_t>(t)] =
+        std::log(sum) + largest - logits[static_cast<size_t>(other[static_cast<size_t>(t)])];
+  }
+  GuardedBuffer<uint8_t> mismatch(T);
+  GuardedBuffer<float> nll(T);
+  token_divergence(
+      isa, {type, hidden.data(), D, head.data(), D, winner.data(), T, V, D, mismatch.data(), nll.data()}, 2);
+  for (int64_t t = 0; t < T; ++t) CHECK(mismatch[t] == 0);
+  token_divergence(
+      isa, {type, hidden.data(), D, head.data(), D, other.data(), T, V, D, mismatch.data(), nll.data()}, 2);
+  for (int64_t t = 0; t < T; ++t) {
+    const double want = expected[static_cast<size_t>(t)];
+    CHECK(mismatch[t] == 1);
+    CHECK(std::isfinite(want) ? std::fabs(nll[t] - want) <= 2e-6 * (1.0 + std::fabs(want))
+                              : !std::isfinite(nll[t]));
+  }
+}
+
 // One token whose logits are the given numbers, through D = 1 and hidden = 1.
 void test_logits(CpuIsa isa, FloatType type, const std::vector<float>& logits, int64_t argmax,
                  float expected_nll) {
@@ -120,6 +201,11 @@ int main() {
       test_shape(isa, type, 530, 1100, 33);
       test_shape(isa, type, 20, 1300, 700);
       test_shape(isa, type, 2070, 40, 3);
+    }
+    for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
+      for (int64_t D : {20, 130, 1024, 1061, 2340}) test_near_ties(isa, type, 45, 300, D);
+      test_near_ties(isa, type, 1, 1300, 70);
+      test_near_ties(isa, type, 1100, 40, 70);
     }
     for (FloatType type : {FloatType::kFloat32, FloatType::kBfloat16}) {
       test_logits(isa, type, {1.0f, 1.0f}, 0, std::log(2.0f));

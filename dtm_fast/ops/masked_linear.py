@@ -30,7 +30,7 @@ def masked_linear(
     dense product. Sums are in float32, and their order depends on neither the batch nor the threads. It is the
     same for all instruction sets, but for AMX and, in bfloat16, AVX512-BF16, which have their own and take
     denormal numbers as zero (the reference twin sums as torch does). AMX multiplies float32 as the sum of three
-    numbers of bfloat16, with no more error than torch's product has; but numbers below 2^-102 lose digits, in x
+    numbers of bfloat16, with less error than torch's product has; but numbers below 2^-102 lose digits, in x
     where a larger one than 2^-60 is in their row.
     Differentiable in x, weight and bias; masked_linear_backward.py says what its backward costs.
 

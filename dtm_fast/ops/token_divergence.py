@@ -83,10 +83,11 @@ def token_divergence(
     `nll = logits.float().logsumexp(-1) - logits.float().gather(-1, reference[..., None])[..., 0]`.
     Logits are summed in float32 and rounded to the dtype of hidden, as a model that stores them would see
     them. On the CPU the order of a sum depends on neither the batch nor the threads; it is the same for all
-    instruction sets, but for bfloat16 on AVX512-BF16 and on AMX, which have their own and take denormal numbers
-    as zero. Backend "cuda" sums in one order per kernel, and takes the kernel by the GPU, the dtype, D and the
-    alignment of rows (bfloat16 in rows that begin on 16 bytes has one of its own on compute capability 9.0), not
-    by T or V. Ties go to the lowest token id, a NaN is larger than every number, and nll is NaN where a logit is.
+    instruction sets, but for AMX, which multiplies float32 as masked_linear does, and, in bfloat16, AVX512-BF16:
+    these have their own and take denormal numbers as zero. Backend "cuda" sums in one order per kernel, and takes
+    the kernel by the GPU, the dtype, D and the alignment of rows (bfloat16 in rows that begin on 16 bytes has one
+    of its own on compute capability 9.0), not by T or V. Ties go to the lowest token id, a NaN is larger than
+    every number, and nll is NaN where a logit is.
 
     Args:
         hidden: [B, T, D], float32 or bfloat16: what the final norm gives.

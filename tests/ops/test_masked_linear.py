@@ -75,12 +75,17 @@ def test_each_variant_is_its_own_product(backend: str, variants: int, dtype: tor
         assert_no_worse_than_torch(each, x, weight, mask, bias)
 
 
-@pytest.mark.parametrize("depth", [576, 4096])
-def test_float32_in_pieces_has_less_error_than_torch(isas: tuple[str, ...], depth: int) -> None:
+@pytest.mark.parametrize("one_sign", [False, True])
+@pytest.mark.parametrize("depth", [576, 4096, 11008])
+def test_float32_in_pieces_has_less_error_than_torch(
+    isas: tuple[str, ...], depth: int, one_sign: bool
+) -> None:
     """On AMX: three numbers of bfloat16 for each of float32, summed in blocks."""
     if "amx" not in isas:
         pytest.skip("no AMX: only its tiles multiply float32 in pieces")
     x, weight, kept = random_case(150, 70, depth, torch.float32)
+    if one_sign:
+        x, weight = x.abs(), weight.abs()
     masked = torch.where(kept, weight, 0)
     exact = x.double() @ masked.double().T
     with native.use_cpu_isa("amx"):

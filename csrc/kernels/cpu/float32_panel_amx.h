@@ -1,91 +1,144 @@
-// The inner loops of float32 in pieces, see float32_pieces.h: weight rows in steps of 32 of K times packed
-// rows of x. Included only by files compiled for AMX; everything is in an anonymous namespace, so that no
-// copy can reach a file of a lower instruction set.
+// Panels of float32 in pieces, see float32_pieces.h: a panel, the pieces of 32 weight rows in a block of K,
+// stays in the first-level cache while packed rows of x pass by. Meanwhile the vectors copy the next panel
+// and add the sums of the block before. Included only by files compiled for AMX; everything is in an
+// anonymous namespace, so that no copy can reach a file of a lower instruction set.
 #pragma once
 
-#include "amx_tiles.h"
-#include "avx512_vectors.h"
-#include "float32_pieces_avx512.h"
+#include "float32_steps_amx.h"
 
 namespace dtm_fast {
 namespace {
 
-constexpr int64_t kStepRows = 32;  // weight rows of a step: two tiles of each piece
-constexpr int64_t kTileWords = kBfloat16Group * kBfloat16Step;
-constexpr int64_t kStepOfX = kFloat32Pieces * kTileWords;
-constexpr int64_t kTileSums = kBfloat16Group * kBfloat16Group;
-// The float32 sums of a step's weight rows and a group of x: [32 weight rows][16 rows of x].
-constexpr int64_t kGroupSums = kStepRows * kBfloat16Group;
+// Of the rows of a panel, in elements: an odd number of cache lines, so that the 16 lines of a tile lie in 16
+// different cache sets.
+constexpr int64_t kPanelStride = kLongestPieceBlock + kBfloat16Step;
+constexpr int64_t kPanelPiece = kStepRows * kPanelStride;
+constexpr int64_t kPanelSize = kFloat32Pieces * kPanelPiece;
 
-// 32 neighbours of K of a weight row, the first `there` of them.
-DTM_FAST_INLINE Float32Pieces load_weights(const float* from, __mmask32 there) {
-  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), from);
-  return split_weights(low, _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> 16), from + 16));
-}
+// Copies a panel row by row: to [kFloat32Pieces, 32, kPanelStride] = the pieces of the weights that are kept;
+// zero beyond. Asks the cache for the panel after it. Panels is a sequence of panels, in which
+//
+//   Panels::Place     names one of them
+//   after(at)         is the place after it
+//   is_end(at)        tells whether it is behind the last
+//   depth(at)         elements of its rows, a multiple of kBfloat16Step but at the end of K
+//   weights(at, j)    row j, or any other if there is none
+//   kept(at, j, k)    which of 32 elements from k on count: a bit each
+template <typename Panels>
+class PanelCopy {
+ public:
+  using Place = typename Panels::Place;
 
-// Where the pieces of a step lie: the second 16 weight rows follow after `half` elements.
-struct StepOfWeight {
-  const uint16_t* weight;
-  int64_t piece, half, row_bytes;
+  PanelCopy(const Panels& panels, const Place& at, uint16_t* to)
+      : panels_(panels),
+        at_(at),
+        after_(panels.after(at)),
+        to_(to),
+        left_(panels.is_end(at) ? 0 : kStepRows) {}
+
+  DTM_FAST_INLINE void copy_rows(int64_t count) {
+    for (; count > 0 && left_ > 0; --count) copy_row(kStepRows - left_--);
+  }
+
+ private:
+  DTM_FAST_INLINE void copy_row(int64_t j) {
+    const float* from = panels_.weights(at_, j);
+    const float* next = panels_.is_end(after_) ? from : panels_.weights(after_, j);
+    const int64_t depth = panels_.depth(at_);
+    for (int64_t k = 0; k < depth; k += kBfloat16Step) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + k), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(next + k + 16), _MM_HINT_T1);
+      const __mmask32 there = first_words(depth - k);
+      const __mmask32 kept = panels_.kept(at_, j, k);
+      const Float32Pieces pieces = load_weights(from + k, there);
+#pragma GCC unroll 3
+      for (int p = 0; p < kFloat32Pieces; ++p) {
+        _mm512_store_si512(to_ + p * kPanelPiece + j * kPanelStride + k, pairs_of(pieces, p, there & kept));
+      }
+    }
+  }
+
+  const Panels& panels_;
+  const Place at_, after_;
+  uint16_t* const to_;
+  int64_t left_;
 };
 
-// Product p of a step: tiles 0 and 1 += both halves of the weight rows @ x, tiles 2 and 3 the same with the
-// next group of x. To be called for all p in turn: pieces that two products share stay in their tiles.
-template <int kGroups>
-DTM_FAST_INLINE void add_product(int p, const StepOfWeight& w, const uint16_t* x, int64_t group_size) {
-  const bool new_weight = p == 0 || kProductWeight[p] != kProductWeight[p - 1];
-  const bool new_x = p == 0 || kProductX[p] != kProductX[p - 1];
-  const uint16_t* weight = w.weight + kProductWeight[p] * w.piece;
-  const uint16_t* from = x + kProductX[p] * kTileWords;
-  if (new_x) _tile_loadd(6, from, kTileRowBytes);
-  if (new_weight) _tile_loadd(4, weight, w.row_bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  if (new_weight) _tile_loadd(5, weight + w.half, w.row_bytes);
-  _tile_dpbf16ps(1, 5, 6);
-  if (kGroups == 1) return;
-  if (new_x) _tile_loadd(7, from + group_size, kTileRowBytes);
-  _tile_dpbf16ps(2, 4, 7);
-  _tile_dpbf16ps(3, 5, 7);
+// Rows of a panel to copy with each of its own steps, so that the next one is there when groups are done.
+inline int64_t rows_per_step(int64_t groups, int64_t depth) {
+  const int64_t steps = (groups + 1) / 2 * ((depth + kBfloat16Step - 1) / kBfloat16Step);
+  return (kStepRows + steps - 1) / steps;
 }
 
-// The same where tiles 2 and 3 take the weight rows that follow after `second` elements.
-DTM_FAST_INLINE void add_product_of_two_weights(int p, const StepOfWeight& w, int64_t second,
-                                                const uint16_t* x) {
-  const uint16_t* weight = w.weight + kProductWeight[p] * w.piece;
-  if (p == 0 || kProductX[p] != kProductX[p - 1])
-    _tile_loadd(6, x + kProductX[p] * kTileWords, kTileRowBytes);
-  _tile_loadd(4, weight, w.row_bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(5, weight + w.half, w.row_bytes);
-  _tile_dpbf16ps(1, 5, 6);
-  _tile_loadd(4, weight + second, w.row_bytes);
-  _tile_dpbf16ps(2, 4, 6);
-  _tile_loadd(5, weight + second + w.half, w.row_bytes);
-  _tile_dpbf16ps(3, 5, 6);
-}
-
-DTM_FAST_INLINE void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-// sums [kGroups][32][16] = tiles 0, 1, 2, 3
-template <int kGroups>
-DTM_FAST_INLINE void store_sums(float* sums) {
-  _tile_stored(0, sums, kTileRowBytes);
-  _tile_stored(1, sums + kTileSums, kTileRowBytes);
-  if (kGroups == 2) _tile_stored(2, sums + 2 * kTileSums, kTileRowBytes);
-  if (kGroups == 2) _tile_stored(3, sums + 3 * kTileSums, kTileRowBytes);
-  finish_writes(sums);
-}
-
-// to[0 : count] += from[0 : count], multiples of 16 on lines of cache
-inline void add_to(const float* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += 16) {
-    _mm512_store_ps(to + i, _mm512_add_ps(_mm512_load_ps(to + i), _mm512_load_ps(from + i)));
+// sums of kGroups neighbouring groups = panel times x. With each step a share of what is pending is added,
+// and `rows` rows of the next panel are copied.
+template <int kGroups, typename Panels>
+void multiply_groups(const uint16_t* panel, int64_t depth, const uint16_t* x, int64_t group_size, float* sums,
+                     const Pending& pending, PanelCopy<Panels>& next, int64_t rows) {
+  constexpr int64_t kShare = kGroupSums / 2;
+  int64_t added = 0;
+  finish_writes(panel);
+  zero_sums();
+  for (int64_t k = 0; k < depth; k += kBfloat16Step, x += kStepOfX) {
+    const StepOfWeight step = {panel + k, kPanelPiece, kStepRows / 2 * kPanelStride, kPanelStride * 2};
+#pragma GCC unroll 6
+    for (int p = 0; p < kPieceProducts; ++p) add_product<kGroups>(p, step, x, group_size);
+    next.copy_rows(rows);
+    if (added == pending.count) continue;
+    add(pending, added, added + kShare);
+    added += kShare;
   }
+  add(pending, added, pending.count);
+  store_sums<kGroups>(sums);
+}
+
+// The sums of all panels and of `groups` groups of x. Panels also has
+//
+//   blocks()          of K
+//   slot(at)          where among the sums those of the panel are: with those of others that are complete, or
+//                     have been used, they may share a slot
+//
+// block_of_x(at) gives the packed groups of the block of a panel; all and of_eight are [slots, groups, 32,
+// 16], of_eight nullptr if K is one eight of blocks. Calls complete(at, g, count, sums) for each panel
+// and its groups g .. g + count - 1 when their sums are complete.
+template <typename Panels, typename BlockOfX, typename Complete>
+void multiply_panels(const Panels& panels, int64_t groups, const BlockOfX& block_of_x, float* all,
+                     float* of_eight, const Complete& complete) {
+  using Place = typename Panels::Place;
+  alignas(64) uint16_t copies[2][kPanelSize];
+  alignas(64) float buffers[2][2 * kGroupSums];
+  struct Before {
+    Place at;
+    int64_t g = 0, count = 0;
+    const float* sums = nullptr;
+    Pending pending;
+  } before;
+  const auto finish = [&] {
+    if (before.count > 0 && panels.blocks().is_last(before.at.k0)) {
+      complete(before.at, before.g, before.count, before.sums);
+    }
+  };
+  Place at;
+  PanelCopy<Panels>(panels, at, copies[0]).copy_rows(kStepRows);
+  for (int turn = 0, sums_turn = 0; !panels.is_end(at); at = panels.after(at), turn = 1 - turn) {
+    const int64_t depth = panels.depth(at), group_size = piece_group_size(depth);
+    const int64_t rows = rows_per_step(groups, depth);
+    const uint16_t* x = block_of_x(at);
+    PanelCopy<Panels> next(panels, panels.after(at), copies[1 - turn]);
+    for (int64_t g = 0; g < groups; g += 2, sums_turn = 1 - sums_turn, x += 2 * group_size) {
+      const int64_t count = groups - g < 2 ? groups - g : 2;
+      const int64_t own = (panels.slot(at) * groups + g) * kGroupSums;
+      float* const own_of_eight = of_eight == nullptr ? nullptr : of_eight + own;
+      const BlockSums sums = sums_of_block(panels.blocks(), at.k0, count * kGroupSums, all + own,
+                                           own_of_eight, buffers[sums_turn]);
+      const auto multiply = count == 2 ? multiply_groups<2, Panels> : multiply_groups<1, Panels>;
+      multiply(copies[turn], depth, x, group_size, sums.to, before.pending, next, rows);
+      finish();
+      before = {at, g, count, all + own, sums.then};
+    }
+  }
+  add(before.pending, 0, before.pending.count);
+  finish();
 }
 
 }  // namespace

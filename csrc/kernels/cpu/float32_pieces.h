@@ -10,12 +10,13 @@
 //
 // in this order, each as in bfloat16_tiles.h but for its pairs: "even" are the first 16 of K, "odd" the
 // last 16. Left out are x1 w2, x2 w1 and x2 w2, in all hardly more than 2^-21 |x w| and usually far less, for
-// x1 has either sign. K is cut into blocks, which are summed from zero and then added in order. So in all
-// there is less rounding than with one fused multiply-add after the other: half the error of torch's product,
-// measured from 500 terms on.
+// x1 has either sign. K is cut into blocks, which are summed from zero; the sums of eight blocks are added in
+// order, and those of the eights in order. So there is less rounding than with one fused multiply-add after
+// the other: a third of the error of torch's product, measured from 576 to 11,008 terms, and where all have
+// the same sign a third to four fifths.
 //
 // Denormal numbers, pieces and results are taken as zero everywhere, so that numbers below 2^-102 lose
-// digits. What is not finite has no pieces: masked_linear_float32.h tells what is done with it.
+// digits. What is not finite has no pieces: row_marks.h tells what is done with it.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,27 @@ constexpr int kFloat32Pieces = 3;
 // A block of K, with the pieces of 32 weight rows, shares the first-level cache with two groups of x.
 constexpr int64_t kLongestPieceBlock = 128;
 
-static constexpr int64_t piece_block_depth(int64_t K) { return bfloat16_block_depth(K, kLongestPieceBlock); }
+constexpr int64_t kPieceBlocksAdded = 8;
+
+// The blocks of K, each named by where it starts.
+class PieceBlocks {
+ public:
+  explicit constexpr PieceBlocks(int64_t K)
+      : K_(K), most_depth_(bfloat16_block_depth(K, kLongestPieceBlock)) {}
+
+  int64_t after(int64_t k0) const { return k0 + most_depth_; }
+  int64_t depth(int64_t k0) const { return is_last(k0) ? K_ - k0 : most_depth_; }
+  bool is_last(int64_t k0) const { return after(k0) >= K_; }
+  bool starts_eight(int64_t k0) const { return k0 % eight() == 0; }
+  bool ends_eight(int64_t k0) const { return after(k0) % eight() == 0 || is_last(k0); }
+  bool is_of_first_eight(int64_t k0) const { return k0 < eight(); }
+  bool is_one_eight() const { return K_ <= eight(); }
+
+ private:
+  int64_t eight() const { return kPieceBlocksAdded * most_depth_; }
+
+  int64_t K_, most_depth_;
+};
 
 // Elements of a packed group: [steps][kFloat32Pieces][16 pairs][16 rows][2].
 static constexpr int64_t piece_group_size(int64_t K) { return kFloat32Pieces * bfloat16_group_size(K); }

@@ -10,6 +10,7 @@
 #include "masked_linear_bfloat16.h"
 #include "masked_linear_float32.h"
 #include "parallel_for.h"
+#include "row_marks.h"
 #include "scratch_buffer.h"
 #include "store_float.h"
 
@@ -151,21 +152,15 @@ void by_few_tokens(CpuIsa isa, const MaskedLinear& args, int num_threads) {
 
 // What is marked, as the next lower instruction set computes it, some rows at a time.
 void compute_marked_rows(const MaskedLinear& args, const std::vector<RowMark>& marks, int num_threads) {
-  std::vector<int64_t> rows;
-  for (int64_t m = 0; m < args.M; ++m) {
-    if (marks[static_cast<size_t>(m)] != RowMark::kNone) rows.push_back(m);
-  }
+  const std::vector<int64_t> rows = marked_rows(marks);
   const int64_t marked = static_cast<int64_t>(rows.size());
   const int64_t most = std::clamp<int64_t>(kMostMarkedResults / (args.V * args.N), 1, args.M);
   for (int64_t first = 0; first < marked; first += most) {
     MaskedLinear part = args;
     part.M = std::min(most, marked - first);
     ScratchBuffer<float> x(1, part.M * args.K), y(1, args.V * part.M * args.N);
-    for (int64_t i = 0; i < part.M; ++i) {
-      const float* row =
-          static_cast<const float*>(args.x) + rows[static_cast<size_t>(first + i)] * args.x_stride;
-      std::copy_n(row, args.K, x.part(0) + i * args.K);
-    }
+    gather_rows(static_cast<const float*>(args.x), args.x_stride, args.K, rows.data() + first, part.M,
+                x.part(0));
     part.x = x.part(0);
     part.x_stride = args.K;
     part.y = y.part(0);
@@ -190,7 +185,8 @@ void masked_linear(CpuIsa isa, const MaskedLinear& args, int num_threads) {
     return masked_linear_bfloat16(args, num_threads);
   }
   if (isa == CpuIsa::kAmx) {
-    std::vector<RowMark> marks(static_cast<size_t>(args.M));
+    std::vector<RowMark> marks =
+        mark_small_rows_amx(static_cast<const float*>(args.x), args.x_stride, args.M, args.K, num_threads);
     masked_linear_float32(args, num_threads, marks.data());
     return compute_marked_rows(args, marks, num_threads);
   }

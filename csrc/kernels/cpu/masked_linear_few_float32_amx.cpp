@@ -1,6 +1,6 @@
 // masked_linear in float32 for few rows of x: every step of 32 of K is split into pieces and masked into one
 // small buffer, from which it is multiplied while the next step follows. The sums stay in their tiles.
-#include "float32_panel_amx.h"
+#include "float32_steps_amx.h"
 #include "mask_words_avx512.h"
 #include "masked_linear_float32_store.h"
 
@@ -68,8 +68,10 @@ void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int
                    uint16_t* buffer, float* sums) {
   constexpr int kMasks = second == Second::kMask ? 2 : 1;
   constexpr int64_t kTiles = second == Second::kNothing ? 2 : 4;
-  const int64_t steps = (K + kBfloat16Step - 1) / kBfloat16Step,
-                block_steps = piece_block_depth(K) / kBfloat16Step;
+  const int64_t steps = (K + kBfloat16Step - 1) / kBfloat16Step;
+  const PieceBlocks blocks(K);
+  int64_t k0 = 0;  // of the block
+  alignas(64) float of_eight[kTiles * kTileSums], buffer_of_sums[kTiles * kTileSums];
   const int64_t group_size = steps * kStepOfX;
   zero_sums();
   for (int64_t s = 0; s <= steps; ++s) {
@@ -92,11 +94,11 @@ void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int
       }
     }
     finish_writes(filled);
-    if (s == 0 || (s % block_steps != 0 && s < steps)) continue;
-    alignas(64) float block[kTiles * kTileSums];
-    const bool adds = s > block_steps;
-    store_sums<kTiles / 2>(adds ? block : sums);
-    if (adds) add_to(block, kTiles * kTileSums, sums);
+    if (s == 0 || (s < steps && s * kBfloat16Step < blocks.after(k0))) continue;
+    const BlockSums block = sums_of_block(blocks, k0, kTiles * kTileSums, sums, of_eight, buffer_of_sums);
+    store_sums<kTiles / 2>(block.to);
+    add(block.then, 0, block.then.count);
+    k0 = blocks.after(k0);
     zero_sums();
   }
 }

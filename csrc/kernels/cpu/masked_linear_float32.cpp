@@ -18,16 +18,6 @@ constexpr int64_t kMostFewCols = 512;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void mark_small(const MaskedLinear& args, int num_threads, RowMark* marks) {
-  parallel_for(ceil_div(args.M, kTileRows), num_threads, [&](int64_t task, int) {
-    for (int64_t m = task * kTileRows; m < std::min(args.M, (task + 1) * kTileRows); ++m) {
-      const float* row = static_cast<const float*>(args.x) + m * args.x_stride;
-      const float largest = largest_magnitude_amx(row, args.K);
-      marks[m] = largest > 0 && largest < kSmallRow ? RowMark::kSmall : RowMark::kNone;
-    }
-  });
-}
-
 // y cut into tiles: enough to go round, and otherwise as wide as can be, since each reads all of its x.
 class Tiling {
  public:
@@ -85,15 +75,18 @@ void many_rows(const MaskedLinear& args, int num_threads, RowMark* marks) {
   const int threads = threads_used(tiling.tasks(), num_threads);
   ScratchBuffer<uint16_t> blocks_of_x(threads, tiling.block_of_x());
   ScratchBuffer<float> sums(threads, tiling.sums());
+  const bool eights = !PieceBlocks(args.K).is_one_eight();
+  ScratchBuffer<float> of_eight(threads, eights ? tiling.sums() : 0);
   parallel_for(tiling.tasks(), num_threads, [&](int64_t task, int thread) {
-    masked_linear_float32_amx(args, tiling.tile(task, marks), {blocks_of_x.part(thread), sums.part(thread)});
+    masked_linear_float32_amx(
+        args, tiling.tile(task, marks),
+        {blocks_of_x.part(thread), sums.part(thread), eights ? of_eight.part(thread) : nullptr});
   });
 }
 
 }  // namespace
 
 void masked_linear_float32(const MaskedLinear& args, int num_threads, RowMark* marks) {
-  mark_small(args, num_threads, marks);
   args.M <= kFewFloat32Rows ? few_rows(args, num_threads, marks) : many_rows(args, num_threads, marks);
 }
 

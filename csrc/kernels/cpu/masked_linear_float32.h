@@ -3,18 +3,11 @@
 
 #include "float32_pieces.h"
 #include "masked_linear.h"
+#include "row_marks.h"
 
 namespace dtm_fast {
 
-// What the pieces cannot tell of a row of x.
-enum class RowMark : uint8_t {
-  kNone,
-  kNotFinite,  // some of its results are not finite: they may be other ones, or only too large for a piece
-  kSmall,      // its largest number is below kSmallRow: too much of it could be below 2^-126
-};
-constexpr float kSmallRow = 0x1p-60f;
-
-// For CpuIsa::kAmx and FloatType::kFloat32. Writes marks [M], too: what is marked must be computed in another
+// For CpuIsa::kAmx and FloatType::kFloat32. Adds to marks [M]: what is marked must be computed in another
 // way.
 void masked_linear_float32(const MaskedLinear& args, int num_threads, RowMark* marks);
 
@@ -29,6 +22,7 @@ struct Float32Tile {
 struct Float32Scratch {
   uint16_t* block_of_x;  // piece_group_size(kLongestPieceBlock) for each 16 rows
   float* sums;           // float32_tile_sums(variants, rows, cols)
+  float* of_eight;       // as many; nullptr if K is one eight of blocks
 };
 
 static constexpr int64_t float32_tile_sums(int64_t variants, int64_t rows, int64_t cols) {

@@ -1,4 +1,4 @@
-// Storing the sums of float32_panel_amx.h as results of masked_linear. Included only by files compiled for at
+// Storing the sums of float32_steps_amx.h as results of masked_linear. Included only by files compiled for at
 // least AVX-512; everything is in an anonymous namespace, so that no copy can reach a file of a lower
 // instruction set.
 #pragma once

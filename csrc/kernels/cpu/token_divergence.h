@@ -18,8 +18,9 @@ namespace dtm_fast {
 //   mismatch[t]  = argmax_v logits[t, v] != reference[t]       (lowest v wins, NaN is the largest)
 //   nll[t]       = log sum_v exp(logits[t, v]) - logits[t, reference[t]]     (NaN where a logit is NaN)
 //
-// The order of the sum over d is that of gemm_tile.h, or for bfloat16 on AMX that of bfloat16_tiles.h. The
-// vocabulary is cut into tiles of fixed size, which are merged in order, so that the result depends on
+// The order of the sum over d is that of gemm_tile.h, or on AMX that of bfloat16_tiles.h for bfloat16, and
+// for float32 that of float32_pieces.h, but that of gemm_tile.h for rows of hidden that row_marks.h tells.
+// The vocabulary is cut into tiles of fixed size, which are merged in order, so that the result depends on
 // neither the batch nor the threads. Working memory is O(T * V / tile), for at most 2048 rows at a time.
 struct TokenDivergence {
   FloatType type;
@@ -56,13 +57,15 @@ using RoundLogits = void(float* logits, int64_t count);
 RoundLogits round_logits_avx2;
 RoundLogits round_logits_avx512;
 
-// The same for many rows at once, and from the product on: the logits never leave the cache.
+// The same on AMX for many rows at once, and from the product on: the logits never leave the cache.
 constexpr int64_t kWideVocabularyTile = 1024;
 constexpr int64_t kWideTileRows = 512;
 
 struct WideTile {
-  const uint16_t* hidden;  // groups of rows, packed as in bfloat16_tiles.h
-  const uint16_t* lm_head;
+  // Packed groups of rows: for bfloat16 as bfloat16_tiles.h has them, for float32 block of D by block, each
+  // as float32_pieces.h has it.
+  const uint16_t* hidden;
+  const void* lm_head;  // of the type of the function
   int64_t lm_head_stride;
   const int64_t* reference;  // [rows]
   int64_t first_token;       // of lm_head
@@ -73,11 +76,17 @@ struct WideTile {
   // before it has one as large.
   float* reference_logit;
   uint8_t* reference_leads;
-  float* sums;  // kWideTileSums
+  float* sums;      // kWideTileSums
+  float* of_eight;  // as many for float32; nullptr if D is one eight of blocks
 };
 
-constexpr int64_t kWideTileSums = kWideTileRows * 256;
+constexpr int64_t kWidePartTokens = 256;  // whose sums are held
+constexpr int64_t kWideTileSums = kWideTileRows * kWidePartTokens;
 
-void summarize_wide_tile_amx(const WideTile& tile);
+using SummarizeWideTile = void(const WideTile& tile);
+SummarizeWideTile summarize_bfloat16_tile_amx;
+// max is NaN for rows that have a logit which is not finite: it may be another one, or only too large for a
+// piece. To be called with D > 0.
+SummarizeWideTile summarize_float32_tile_amx;
 
 }  // namespace dtm_fast

@@ -1,9 +1,7 @@
-// Product, rounding and reduction of a tile of logits. The sums of a panel of tokens and 16 rows of hidden
-// come out of the tile registers as [token][row], so that a vector holds one logit of each row, and maxima
-// and sums over tokens need no step across the lanes of a vector.
+// Product, rounding and reduction of a tile of logits in bfloat16.
 #include "bfloat16_panel.h"
 #include "exp_sum_amx.h"
-#include "token_divergence.h"
+#include "logit_rows_amx.h"
 
 namespace dtm_fast {
 namespace {
@@ -11,23 +9,26 @@ namespace {
 constexpr float kLargest = 0x1.fffffep127f;  // of all finite numbers
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
-constexpr int64_t kPartTokens = 256;  // whose sums are held where K has several blocks
-
-// What is known of 16 rows. Rounding to bfloat16 in pairs leaves the even and the odd rows in two vectors,
-// each with the rows of one token in its lower and those of the next in its upper half.
-struct alignas(64) RowGroup {
-  float max[16];  // the largest logit, rounded; NaN before the first. A NaN among the logits is only in the
-                  // sums
-  float even[16], odd[16];  // sum exp(logit - max)
-  int32_t reference[16];    // position in the tile, negative outside
-};
 
 __m512 round_to_bfloat16(__m512 x) {
   const __m256i bits = (__m256i)_mm512_cvtneps_pbh(x);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-float round_to_bfloat16(float x) { return _mm512_cvtss_f32(round_to_bfloat16(_mm512_set1_ps(x))); }
+// The state of 16 rows. Rounding to bfloat16 in pairs leaves the even and the odd rows in two vectors, each
+// with the rows of one token in its lower and those of the next in its upper half.
+struct alignas(64) Bfloat16Rows {
+  float max[16];  // the largest logit, rounded; NaN before the first. A NaN among the logits is only in the
+                  // sums
+  float even[16], odd[16];  // sum exp(logit - max)
+  int32_t reference[16];
+
+  static float rounded(float logit) { return _mm512_cvtss_f32(round_to_bfloat16(_mm512_set1_ps(logit))); }
+  float sum_of_row(int64_t row) const {
+    const float* sums = row % 2 == 0 ? even : odd;
+    return sums[row / 2] + sums[row / 2 + 8];
+  }
+};
 
 // What is taken off logits whose largest is max: finite, so that an infinite logit does not make a NaN.
 __m512 shift_of(__m512 max) {
@@ -44,36 +45,17 @@ __m512 odd_rows(__m512 rows) {
   return _mm512_permutexvar_ps(index, rows);
 }
 
-float sum_of_row(const RowGroup& group, int64_t row) {
-  const float* sums = row % 2 == 0 ? group.even : group.odd;
-  return sums[row / 2] + sums[row / 2 + 8];
-}
-
-// The reference of a row is token j of the panel with these logits; group is what is known of those before.
-void note_reference(const RowGroup& group, const float* logits, int64_t row, int64_t j, float* logit,
-                    uint8_t* leads) {
-  const float own = round_to_bfloat16(logits[j * 16 + row]);
-  const float sum = sum_of_row(group, row);
-  bool led = sum != sum || group.max[row] >= own;
-  for (int64_t i = 0; i < j; ++i) {
-    const float other = round_to_bfloat16(logits[i * 16 + row]);
-    led = led || other != other || other >= own;
-  }
-  *logit = own;
-  *leads = !led;
-}
-
 // Adds a panel's logits [32, 16] before rounding.
-void add_logits(const float* logits, RowGroup& group) {
+void add_logits(const float* logits, Bfloat16Rows& rows) {
   __m512 largest = _mm512_load_ps(logits);
   for (int64_t j = 1; j < kPanelRows; ++j) largest = _mm512_max_ps(largest, _mm512_load_ps(logits + j * 16));
-  const __m512 before = _mm512_load_ps(group.max);
+  const __m512 before = _mm512_load_ps(rows.max);
   const __m512 max = _mm512_max_ps(before, round_to_bfloat16(largest));  // rounding keeps the order
   const __m512 shift = shift_of(max);
   const __m512 factor = exp_term(_mm512_sub_ps(shift_of(before), shift));
   const __m512 even_shift = even_rows(shift), odd_shift = odd_rows(shift);
-  __m512 even = _mm512_mul_ps(_mm512_load_ps(group.even), even_rows(factor));
-  __m512 odd = _mm512_mul_ps(_mm512_load_ps(group.odd), odd_rows(factor));
+  __m512 even = _mm512_mul_ps(_mm512_load_ps(rows.even), even_rows(factor));
+  __m512 odd = _mm512_mul_ps(_mm512_load_ps(rows.odd), odd_rows(factor));
   const __m512i high_half = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
 #pragma GCC unroll 4
   for (int64_t j = 0; j < kPanelRows; j += 2) {
@@ -84,52 +66,41 @@ void add_logits(const float* logits, RowGroup& group) {
     even = _mm512_add_ps(even, exp_term(_mm512_sub_ps(even_logits, even_shift)));
     odd = _mm512_add_ps(odd, exp_term(_mm512_sub_ps(odd_logits, odd_shift)));
   }
-  _mm512_store_ps(group.max, max);
-  _mm512_store_ps(group.even, even);
-  _mm512_store_ps(group.odd, odd);
+  _mm512_store_ps(rows.max, max);
+  _mm512_store_ps(rows.even, even);
+  _mm512_store_ps(rows.odd, odd);
 }
 
-void start(const WideTile& tile, int64_t first_row, RowGroup& group) {
-  _mm512_store_ps(group.max, _mm512_set1_ps(kNan));
-  _mm512_store_ps(group.even, _mm512_setzero_ps());
-  _mm512_store_ps(group.odd, _mm512_setzero_ps());
-  for (int64_t i = 0; i < 16; ++i) {
-    group.reference[i] = -1;
-    if (first_row + i >= tile.rows) continue;
-    const int64_t position = tile.reference[first_row + i] - tile.first_token;
-    if (position >= 0 && position < tile.tokens) group.reference[i] = static_cast<int32_t>(position);
-  }
+void start(const WideTile& tile, int64_t first_row, Bfloat16Rows& rows) {
+  _mm512_store_ps(rows.max, _mm512_set1_ps(kNan));
+  _mm512_store_ps(rows.even, _mm512_setzero_ps());
+  _mm512_store_ps(rows.odd, _mm512_setzero_ps());
+  find_references(tile, first_row, rows.reference);
 }
 
 // The logits of tokens j0 .. j0 + tokens - 1, tokens <= 32, and 16 rows are complete.
 void finish_panel(const WideTile& tile, int64_t j0, int64_t tokens, int64_t first_row, float* logits,
-                  RowGroup& group) {
+                  Bfloat16Rows& rows) {
   for (int64_t j = tokens; j < kPanelRows; ++j) _mm512_store_ps(logits + j * 16, _mm512_set1_ps(-kInfinity));
-  const __m512i position =
-      _mm512_sub_epi32(_mm512_load_si512(group.reference), _mm512_set1_epi32(static_cast<int>(j0)));
-  unsigned here = _mm512_cmplt_epu32_mask(position, _mm512_set1_epi32(static_cast<int>(tokens)));
-  for (; here != 0; here &= here - 1) {
-    const int64_t i = __builtin_ctz(here);
-    note_reference(group, logits, i, group.reference[i] - j0, tile.reference_logit + first_row + i,
-                   tile.reference_leads + first_row + i);
-  }
-  add_logits(logits, group);
+  note_references(tile, j0, tokens, first_row, logits, rows);
+  add_logits(logits, rows);
 }
 
 }  // namespace
 
-void summarize_wide_tile_amx(const WideTile& tile) {
+void summarize_bfloat16_tile_amx(const WideTile& tile) {
   const TilesInUse tiles;
   alignas(64) uint16_t panel[kPanelRows * kPanelStride];
-  RowGroup state[kWideTileRows / kBfloat16Group];
+  Bfloat16Rows state[kWideTileRows / kBfloat16Group];
   const int64_t group_size = bfloat16_group_size(tile.D);
   const int64_t groups = (tile.rows + kBfloat16Group - 1) / kBfloat16Group;
   const int64_t most_depth = bfloat16_block_depth(tile.D, kLongestBlock);
   const bool one_block = tile.D <= most_depth;
-  const WeightRows w = {tile.lm_head, tile.lm_head_stride, nullptr, 0, tile.tokens, tile.D};
+  const WeightRows w = {
+      static_cast<const uint16_t*>(tile.lm_head), tile.lm_head_stride, nullptr, 0, tile.tokens, tile.D};
   for (int64_t g = 0; g < groups; ++g) start(tile, g * kBfloat16Group, state[g]);
-  for (int64_t part = 0; part < tile.tokens; part += kPartTokens) {
-    const int64_t part_end = tile.tokens - part < kPartTokens ? tile.tokens : part + kPartTokens;
+  for (int64_t part = 0; part < tile.tokens; part += kWidePartTokens) {
+    const int64_t part_end = tile.tokens - part < kWidePartTokens ? tile.tokens : part + kWidePartTokens;
     for (int64_t k0 = 0; k0 == 0 || k0 < tile.D; k0 += most_depth) {
       const bool last_block = k0 + most_depth >= tile.D;
       const int64_t depth = last_block ? tile.D - k0 : most_depth;
@@ -152,9 +123,9 @@ void summarize_wide_tile_amx(const WideTile& tile) {
     }
   }
   for (int64_t i = 0; i < tile.rows; ++i) {
-    const RowGroup& group = state[i / kBfloat16Group];
-    const float sum = sum_of_row(group, i % kBfloat16Group);
-    tile.max[i] = sum != sum ? kNan : group.max[i % kBfloat16Group];
+    const Bfloat16Rows& rows = state[i / kBfloat16Group];
+    const float sum = rows.sum_of_row(i % kBfloat16Group);
+    tile.max[i] = sum != sum ? kNan : rows.max[i % kBfloat16Group];
     tile.sum_exp[i] = sum;
   }
 }
