@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "../kernels/cpu/apply_mask.h"
 #include "../kernels/cpu/certificate_threats.h"
@@ -12,6 +13,7 @@
 #include "../kernels/cpu/masked_ladder.h"
 #include "../kernels/cpu/masked_linear.h"
 #include "../kernels/cpu/quantize_int8.h"
+#include "../kernels/cpu/select_threatened.h"
 #include "../kernels/cpu/sparse_linear.h"
 #include "../kernels/cpu/sparse_pack.h"
 #include "../kernels/cpu/token_divergence.h"
@@ -168,11 +170,24 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "certificate_threats",
-      [](int num_threads, int type, Address hidden, int64_t hidden_stride, Address base, Address radius,
-         int64_t P, int64_t D, int64_t R, float enlarged, float added, Address threats) {
-        certificate_threats({FloatType(type), pointer<void>(hidden), hidden_stride, pointer<void>(base),
+      [](int isa, int num_threads, int type, Address hidden, int64_t hidden_stride, Address base,
+         Address radius, int64_t P, int64_t D, int64_t R, float enlarged, float added, Address threats) {
+        certificate_threats(CpuIsa(isa),
+                            {FloatType(type), pointer<void>(hidden), hidden_stride, pointer<void>(base),
                              pointer<float>(radius), P, D, R, enlarged, added, pointer<int64_t>(threats)},
                             num_threads);
+      },
+      ReleaseGil());
+
+  module.def(
+      "select_threatened",
+      [](Address threats, Address top, Address nearest, Address reference, int64_t P, int64_t K, int64_t V,
+         int64_t least, int64_t most, Address positions, Address tokens, Address own) {
+        const SelectedCounts counts =
+            select_threatened({pointer<int64_t>(threats), pointer<int64_t>(top), pointer<int64_t>(nearest),
+                               pointer<int64_t>(reference), P, K, V, least, most, pointer<int64_t>(positions),
+                               pointer<int64_t>(tokens), pointer<int64_t>(own)});
+        return std::pair(counts.positions, counts.tokens);
       },
       ReleaseGil());
 }

@@ -1,4 +1,6 @@
-"""How many of a certificate's tokens new hidden states may have overtaken."""
+"""How many of a certificate's tokens new hidden states may have overtaken, and which."""
+
+from typing import NamedTuple
 
 import torch
 
@@ -36,11 +38,12 @@ def count_threats_reference(hidden: torch.Tensor, base: torch.Tensor, radius: to
 
 
 def _count_threats_cpu(hidden: torch.Tensor, base: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    cpu, _, threads = native.cpu_call()
+    cpu, isa, threads = native.cpu_call()
     hidden, base, radius = native.as_rows(hidden), base.contiguous(), radius.contiguous()
     positions, depth = hidden.shape
     threats = torch.empty(positions, dtype=torch.int64)
     cpu.certificate_threats(
+        isa,
         threads,
         native.FLOAT_TYPES[hidden.dtype],
         hidden.data_ptr(),
@@ -55,6 +58,76 @@ def _count_threats_cpu(hidden: torch.Tensor, base: torch.Tensor, radius: torch.T
         threats.data_ptr(),
     )
     return threats
+
+
+class Threatened(NamedTuple):
+    """Positions, and the tokens that may win at any of them."""
+
+    positions: torch.Tensor
+    """int64 [R], ascending."""
+    tokens: torch.Tensor
+    """int64 [v], ascending."""
+    own: torch.Tensor
+    """int64 [R]: where the references are among the tokens."""
+
+
+def select_threatened(
+    threats: torch.Tensor,
+    top: torch.Tensor,
+    nearest: torch.Tensor,
+    reference: torch.Tensor,
+    bounds: tuple[int, int],
+    vocabulary: int,
+    native_code: bool,
+) -> Threatened:
+    """The positions with bounds[0] <= threats <= bounds[1], and the tokens that may win there or are wanted.
+
+    Args:
+        threats: int64 [P] of count_threats.
+        top: int64 [P], the base's tokens.
+        nearest: int64 [P, K], the tokens that threaten a position, in this order; K >= bounds[1].
+        reference: int64 [P].
+        bounds: of the threats.
+        vocabulary: V, above all ids.
+        native_code: whether the kernel may run, on the CPU; its result is that of its twin.
+    """
+    if not native_code:
+        return select_threatened_reference(threats, top, nearest, reference, bounds)
+    cpu, _, _ = native.cpu_call()
+    positions, own, tokens = (
+        threats.new_empty(len(threats)),
+        top.new_empty(len(top)),
+        top.new_empty(vocabulary),
+    )
+    top, nearest, reference = top.contiguous(), nearest.contiguous(), reference.contiguous()
+    count, found = cpu.select_threatened(
+        threats.data_ptr(),
+        top.data_ptr(),
+        nearest.data_ptr(),
+        reference.data_ptr(),
+        *nearest.shape,
+        vocabulary,
+        *bounds,
+        positions.data_ptr(),
+        tokens.data_ptr(),
+        own.data_ptr(),
+    )
+    return Threatened(positions[:count], tokens[:found], own[:count])
+
+
+def select_threatened_reference(
+    threats: torch.Tensor,
+    top: torch.Tensor,
+    nearest: torch.Tensor,
+    reference: torch.Tensor,
+    bounds: tuple[int, int],
+) -> Threatened:
+    """The reference twin."""
+    positions = ((threats >= bounds[0]) & (threats <= bounds[1])).nonzero()[:, 0]
+    own = reference[positions]
+    threatening = torch.arange(nearest.shape[1], device=threats.device) < threats[positions, None]
+    tokens = torch.cat([nearest[positions][threatening], top[positions], own]).unique()
+    return Threatened(positions, tokens, torch.searchsorted(tokens, own))
 
 
 def count_threats_cuda(

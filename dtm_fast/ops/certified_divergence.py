@@ -7,7 +7,7 @@ import torch
 from dtm_fast.ops import certified_cuda
 from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.certificate import Certificate
-from dtm_fast.ops.certificate_threats import count_threats
+from dtm_fast.ops.certificate_threats import Threatened, count_threats, select_threatened
 
 _ROWS = 256  # positions screened at a time: with a byte per token, 64 MiB for a vocabulary of 262,144
 _TILE = 4096
@@ -92,9 +92,21 @@ def _decide(
     own = reference[positions]
     tokens[own] = True
     ids = tokens.nonzero()[:, 0]
+    _decide_among(
+        mismatch, hidden, lm_head, mismatch_of, Threatened(positions, ids, torch.searchsorted(ids, own))
+    )
+
+
+def _decide_among(
+    mismatch: torch.Tensor,
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    mismatch_of: Mismatch,
+    some: Threatened,
+) -> None:
     # Whole rows, which index_select copies faster than an index does.
-    rows, weights = hidden.index_select(0, positions), lm_head.index_select(0, ids)
-    mismatch[positions] = mismatch_of(rows, weights, torch.searchsorted(ids, own))
+    rows, weights = hidden.index_select(0, some.positions), lm_head.index_select(0, some.tokens)
+    mismatch.index_copy_(0, some.positions, mismatch_of(rows, weights, some.own))
 
 
 _Early = tuple[torch.Tensor, torch.Tensor, dict[str, int]]
@@ -117,16 +129,20 @@ def _by_radius_and_nearest(
     for k in certificate.k:
         most = min(k, certificate.nearest.shape[1])
         settled[f"nearest {k}"] = 0
-        if unsettled:
-            provable = ((threats > proved) & (threats <= most)).nonzero()[:, 0]
-            settled[f"nearest {k}"] = len(provable)
-            unsettled -= len(provable)
-            if len(provable):
-                wanted = torch.arange(most, device=threats.device) < threats[provable, None]
-                tokens = torch.zeros(len(lm_head), dtype=torch.bool, device=threats.device)
-                tokens[certificate.nearest.index_select(0, provable)[:, :most][wanted]] = True
-                tokens[certificate.top[provable]] = True
-                _decide(mismatch, hidden, lm_head, reference, mismatch_of, provable, tokens)
+        if unsettled and most > proved:
+            some = select_threatened(
+                threats,
+                certificate.top,
+                certificate.nearest,
+                reference,
+                (proved + 1, most),
+                len(lm_head),
+                native_code,
+            )
+            settled[f"nearest {k}"] = len(some.positions)
+            unsettled -= len(some.positions)
+            if len(some.positions):
+                _decide_among(mismatch, hidden, lm_head, mismatch_of, some)
         proved = most
     return mismatch, threats, settled
 

@@ -254,7 +254,7 @@ def _prepare(
 
 def _first_and_count(mismatch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # A position past the end that always counts: T where nothing diverges, and no special case for T = 0.
-    divergent = F.pad(mismatch, (0, 1), value=True).to(torch.int8)
+    divergent = F.pad(mismatch.view(torch.int8), (0, 1), value=1)
     return divergent.argmax(1), mismatch.sum(1)
 
 

@@ -1,4 +1,4 @@
-"""The kernel that counts threats beside its twin and a plain loop."""
+"""The kernels that count threats and select what they threaten, beside their twins and plain loops."""
 
 import math
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from dtm_fast.ops import native
-from dtm_fast.ops.certificate_threats import count_threats, count_threats_reference
+from dtm_fast.ops.certificate_threats import (
+    count_threats,
+    count_threats_reference,
+    select_threatened,
+    select_threatened_reference,
+)
 from dtm_fast.ops.rounding import ENLARGED, norm_excess
 
 needs_kernels = pytest.mark.skipif(
@@ -29,8 +34,9 @@ def random_case(
     ("positions", "depth", "radii"),
     [(0, 5, 3), (1, 0, 2), (7, 1, 1), (33, 15, 4), (70, 123, 129), (5, 576, 17)],
 )
-@needs_kernels
-def test_the_kernel_counts_as_its_twin(positions: int, depth: int, radii: int, dtype: torch.dtype) -> None:
+def test_the_kernel_counts_as_its_twin(
+    isa: str, positions: int, depth: int, radii: int, dtype: torch.dtype
+) -> None:
     hidden, base, radius = random_case(positions, depth, radii, dtype)
     found = count_threats(hidden, base, radius, native_code=True)
     assert torch.equal(found, count_threats_reference(hidden, base, radius))
@@ -66,3 +72,31 @@ def test_rows_may_be_far_apart_and_shifted() -> None:
     expected = count_threats_reference(hidden, base, radius)
     assert torch.equal(count_threats(wide[:, 3:33], base, radius, native_code=True), expected)
     assert torch.equal(count_threats(hidden, base, radius.T.contiguous().T, native_code=True), expected)
+
+
+@pytest.mark.parametrize("native_code", [False, pytest.param(True, marks=needs_kernels)])
+@pytest.mark.parametrize(
+    ("positions", "kept", "vocabulary"), [(0, 3, 5), (1, 0, 1), (40, 1, 7), (90, 16, 200), (300, 40, 1001)]
+)
+def test_the_tokens_of_a_stage(native_code: bool, positions: int, kept: int, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(positions + kept)
+    threats = torch.randint(0, kept + 2, (positions,), generator=generator)
+    top, reference = torch.randint(0, vocabulary, (2, positions), generator=generator)
+    nearest = torch.randint(0, vocabulary, (positions, kept), generator=generator)
+    for least, most in ((1, kept), (kept // 2, kept), (0, 0), (kept, kept)):
+        chosen = [p for p in range(positions) if least <= threats[p] <= most]
+        tokens = {int(t) for p in chosen for t in (top[p], reference[p], *nearest[p, : threats[p]])}
+        found = select_threatened(threats, top, nearest, reference, (least, most), vocabulary, native_code)
+        assert found.positions.tolist() == chosen
+        assert found.tokens.tolist() == sorted(tokens)
+        assert found.tokens[found.own].tolist() == reference[chosen].tolist()
+        twin = select_threatened_reference(threats, top, nearest, reference, (least, most))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, twin, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_a_token_outside_the_vocabulary_is_an_error(wrong: int) -> None:
+    threats, one = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(IndexError, match="not in the vocabulary"):
+        select_threatened(threats, one, torch.tensor([[wrong]]), one, (1, 1), 7, native_code=True)

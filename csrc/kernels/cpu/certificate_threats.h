@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu_features.h"
 #include "float_type.h"
 
 namespace dtm_fast {
@@ -27,6 +28,11 @@ struct CertificateThreats {
   int64_t* threats;
 };
 
-void certificate_threats(const CertificateThreats& args, int num_threads);
+void certificate_threats(CpuIsa isa, const CertificateThreats& args, int num_threads);
+
+// threats[p], of which certificate_threats is made.
+using ThreatsOfPosition = int64_t(const CertificateThreats& args, int64_t p);
+ThreatsOfPosition threats_of_position_avx2;
+ThreatsOfPosition threats_of_position_avx512;
 
 }  // namespace dtm_fast
