@@ -21,7 +21,7 @@ class Arithmetic(enum.IntEnum):
     """How a layer is computed; states are float32 in all of them."""
 
     FLOAT32 = 0
-    """In float32, the sums in the order of masked_linear on AVX-512."""
+    """In float32, the sums in the order of masked_linear."""
     CHANGE = 1
     """Against known states of the base: only differences are multiplied, rounded to bfloat16, and added to what the
     base has, `y' = y_base + W (x' - x_base) + (W' - W) x_base`. States that enter and leave are differences."""

@@ -12,7 +12,7 @@ namespace dtm_fast {
 
 // How a layer is computed. States are float32 in all of them.
 enum class LayerArithmetic : int {
-  // In float32, in the order of gemm_tile.h.
+  // In float32, in the order of gemm_tile.h, or on AMX in that of float32_pieces.h.
   kFloat32 = 0,
   // What changes against states of the base that are known exactly: only the difference of a projection's
   // input is multiplied, rounded to bfloat16, and added to the base's output,
@@ -96,6 +96,7 @@ constexpr int64_t kMostHeadDim = 256;
 // The kernels of one instruction set: neighbouring parts on one thread. scratch: layer_scratch_size floats.
 using LayerKernel = void(const DecoderLayer& layer, const SequencePart* parts, int64_t count, float* scratch);
 LayerKernel layer_float32_avx512;
+LayerKernel layer_float32_amx;
 LayerKernel layer_change_avx512_bf16;
 LayerKernel layer_bfloat16_avx512_bf16;
 LayerKernel layer_change_amx;
@@ -106,6 +107,7 @@ LayerKernel layer_bfloat16_amx;
 using LayerScratchSize = int64_t(const DecoderLayer& layer, int64_t positions, int64_t context);
 LayerScratchSize layer_scratch_size_avx512;
 LayerScratchSize layer_scratch_size_amx;
+LayerScratchSize layer_scratch_size_float32_amx;
 
 // 32 rows [32 or fewer, K] of a matrix as a panel; AMX reads those of pairs, too.
 using PackRows = void(const float* matrix, int64_t rows, int64_t K, float* panel);

@@ -37,6 +37,7 @@ class PieceBlocks {
   explicit constexpr PieceBlocks(int64_t K)
       : K_(K), most_depth_(bfloat16_block_depth(K, kLongestPieceBlock)) {}
 
+  int64_t start(int64_t k) const { return k / most_depth_ * most_depth_; }
   int64_t after(int64_t k0) const { return k0 + most_depth_; }
   int64_t depth(int64_t k0) const { return is_last(k0) ? K_ - k0 : most_depth_; }
   bool is_last(int64_t k0) const { return after(k0) >= K_; }
