@@ -66,10 +66,9 @@ LayerChoice choose_layer_kernel(CpuIsa isa, LayerArithmetic arithmetic) {
   const int64_t task_rows = tiles ? 208 : 96;
   switch (arithmetic) {
     case LayerArithmetic::kFloat32:
-      return tiles
-                 ? LayerChoice{layer_float32_amx, layer_scratch_size_float32_amx, pack_rows_float32_avx512,
-                               128}
-                 : LayerChoice{layer_float32_avx512, layer_scratch_size_avx512, pack_rows_float32_avx512, 96};
+      return {tiles ? layer_float32_amx : layer_float32_avx512,
+              tiles ? layer_scratch_size_float32_amx : layer_scratch_size_avx512, pack_rows_float32_avx512,
+              task_rows};
     case LayerArithmetic::kFineChange:
       return {layer_fine_change_amx, size, pack_rows_pairs_avx512_bf16, task_rows};
     case LayerArithmetic::kChange:

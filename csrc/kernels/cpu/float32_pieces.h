@@ -28,8 +28,7 @@ namespace dtm_fast {
 constexpr int kFloat32Pieces = 3;
 // A block of K, with the pieces of 32 weight rows, shares the first-level cache with two groups of x.
 constexpr int64_t kLongestPieceBlock = 128;
-
-constexpr int64_t kPieceBlocksAdded = 8;
+constexpr int64_t kPieceBlocksAdded = 8;  // in order, before their sum is added to the others
 
 // The blocks of K, each named by where it starts.
 class PieceBlocks {
