@@ -13,7 +13,7 @@ namespace dtm_fast {
 // How a layer is computed. States are float32 in all of them.
 enum class LayerArithmetic : int {
   // In float32, in the order of gemm_tile.h, or on AMX in that of float32_pieces.h, where products of numbers
-  // above 2^128 - 2^119, which have no pieces, are NaN.
+  // of 2^128 - 2^119 and more, which have no pieces, are NaN.
   kFloat32 = 0,
   // What changes against states of the base that are known exactly: only the difference of a projection's
   // input is multiplied, rounded to bfloat16, and added to the base's output,
