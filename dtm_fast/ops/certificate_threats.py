@@ -90,6 +90,9 @@ def select_threatened(
         bounds: of the threats.
         vocabulary: V, above all ids.
         native_code: whether the kernel may run, on the CPU; its result is that of its twin.
+
+    Raises:
+        IndexError: by the kernel, if a token is not below V.
     """
     if not native_code:
         return select_threatened_reference(threats, top, nearest, reference, bounds)
