@@ -22,10 +22,14 @@ namespace dtm_fast {
 constexpr int64_t kBfloat16Group = 16;
 constexpr int64_t kBfloat16Step = 32;
 
-// Elements of a packed group: [ceil(K / 32) steps][16 pairs of neighbours in K][16 rows][2].
-static constexpr int64_t bfloat16_group_size(int64_t K) {
-  return (K + kBfloat16Step - 1) / kBfloat16Step * kBfloat16Step * kBfloat16Group;
+// Elements of a packed group: [ceil(K / 32) steps][16 pairs of neighbours in K][rows][2].
+static constexpr int64_t bfloat16_group_size(int64_t K, int64_t rows = kBfloat16Group) {
+  return (K + kBfloat16Step - 1) / kBfloat16Step * kBfloat16Step * rows;
 }
+
+// The rows of every group where M rows of x are packed for a kernel that reads them again and again while the
+// weight passes by: one group of a few rows then stays in the first-level cache.
+static constexpr int64_t rows_of_groups(int64_t M) { return M < kBfloat16Group ? M : kBfloat16Group; }
 
 // The depth of all blocks of K but the last: as few blocks as possible, as even as steps allow.
 static constexpr int64_t bfloat16_block_depth(int64_t K, int64_t longest) {
@@ -33,7 +37,9 @@ static constexpr int64_t bfloat16_block_depth(int64_t K, int64_t longest) {
   return ((K + blocks - 1) / blocks + kBfloat16Step - 1) / kBfloat16Step * kBfloat16Step;
 }
 
-// Packs x [rows, K] of row stride x_stride, rows <= kBfloat16Group; what lies beyond is zero.
-void pack_bfloat16_group_amx(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed);
+// Packs x [rows, K] of row stride x_stride into a group of group_rows rows, at most kBfloat16Group; what lies
+// beyond is zero.
+void pack_bfloat16_group_amx(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed,
+                             int64_t group_rows = kBfloat16Group);
 
 }  // namespace dtm_fast

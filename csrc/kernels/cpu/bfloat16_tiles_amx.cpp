@@ -3,7 +3,9 @@
 
 namespace dtm_fast {
 
-void pack_bfloat16_group_amx(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed) {
+void pack_bfloat16_group_amx(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed,
+                             int64_t group_rows) {
+  const __mmask16 lanes = first_lanes(group_rows);
   for (int64_t k = 0; k < K; k += kBfloat16Step) {
     __m512i r[16];
 #pragma GCC unroll 16
@@ -12,9 +14,11 @@ void pack_bfloat16_group_amx(const uint16_t* x, int64_t x_stride, int64_t rows, 
       if (i < rows) r[i] = _mm512_maskz_loadu_epi16(first_words(K - k), x + i * x_stride + k);
     }
     transpose_16x16(r);
-    uint16_t* step = packed + k * kBfloat16Group;
+    uint16_t* step = packed + k * group_rows;
 #pragma GCC unroll 16
-    for (int64_t pair = 0; pair < 16; ++pair) _mm512_store_si512(step + pair * 32, r[pair]);
+    for (int64_t pair = 0; pair < 16; ++pair) {
+      _mm512_mask_storeu_epi32(step + pair * 2 * group_rows, lanes, r[pair]);
+    }
   }
 }
 

@@ -82,7 +82,7 @@ void multiply_groups(const uint16_t* panel, int64_t depth, const uint16_t* x, in
   for (int64_t k = 0; k < depth; k += kBfloat16Step, x += kStepOfX) {
     const StepOfWeight step = {panel + k, kPanelPiece, kStepRows / 2 * kPanelStride, kPanelStride * 2};
 #pragma GCC unroll 6
-    for (int p = 0; p < kPieceProducts; ++p) add_product<kGroups>(p, step, x, group_size);
+    for (int p = 0; p < kPieceProducts; ++p) add_product<kGroups>(p, step, {x, group_size});
     next.copy_rows(rows);
     if (added == pending.count) continue;
     add(pending, added, added + kShare);

@@ -51,11 +51,15 @@ class PieceBlocks {
   int64_t K_, most_depth_;
 };
 
-// Elements of a packed group: [steps][kFloat32Pieces][16 pairs][16 rows][2].
-static constexpr int64_t piece_group_size(int64_t K) { return kFloat32Pieces * bfloat16_group_size(K); }
+// Elements of a packed group: [steps][kFloat32Pieces][16 pairs][rows][2].
+static constexpr int64_t piece_group_size(int64_t K, int64_t rows = kBfloat16Group) {
+  return kFloat32Pieces * bfloat16_group_size(K, rows);
+}
 
-// Packs x [rows, K] of row stride x_stride, rows <= kBfloat16Group; what lies beyond is zero.
-void pack_float32_group_amx(const float* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed);
+// Packs x [rows, K] of row stride x_stride into a group of group_rows rows, at most kBfloat16Group; what lies
+// beyond is zero.
+void pack_float32_group_amx(const float* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed,
+                            int64_t group_rows = kBfloat16Group);
 
 // The largest |row[k]|, NaN aside.
 float largest_magnitude_amx(const float* row, int64_t K);

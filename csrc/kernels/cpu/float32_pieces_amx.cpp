@@ -3,11 +3,13 @@
 
 namespace dtm_fast {
 
-void pack_float32_group_amx(const float* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed) {
+void pack_float32_group_amx(const float* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed,
+                            int64_t group_rows) {
   constexpr int64_t kTile = kBfloat16Group * kBfloat16Step;
   const DenormalsAreZero denormals_are_zero;
-  for (int64_t k = 0; k < K; k += kBfloat16Step, packed += kFloat32Pieces * kTile) {
-    // The pieces of a row lie where its pairs are then transposed.
+  const __mmask16 lanes = first_lanes(group_rows);
+  alignas(64) uint16_t in_rows[kFloat32Pieces * kTile];
+  for (int64_t k = 0; k < K; k += kBfloat16Step) {
     for (int64_t i = 0; i < kBfloat16Group; ++i) {
       const float* row = x + (i < rows ? i * x_stride + k : 0);
       const __mmask16 first = i < rows ? first_lanes(K - k) : __mmask16{0};
@@ -17,17 +19,18 @@ void pack_float32_group_amx(const float* x, int64_t x_stride, int64_t rows, int6
       split_x(_mm512_maskz_loadu_ps(last, row + 16), pieces.high);
 #pragma GCC unroll 3
       for (int p = 0; p < kFloat32Pieces; ++p) {
-        _mm512_store_si512(packed + p * kTile + i * kBfloat16Step, pairs_of(pieces, p, ~__mmask32{0}));
+        _mm512_store_si512(in_rows + p * kTile + i * kBfloat16Step, pairs_of(pieces, p, ~__mmask32{0}));
       }
     }
-    for (int p = 0; p < kFloat32Pieces; ++p) {
+    for (int p = 0; p < kFloat32Pieces; ++p, packed += kBfloat16Step * group_rows) {
       __m512i r[16];
-      uint16_t* tile = packed + p * kTile;
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + i * kBfloat16Step);
+      for (int64_t i = 0; i < 16; ++i) r[i] = _mm512_load_si512(in_rows + p * kTile + i * kBfloat16Step);
       transpose_16x16(r);
 #pragma GCC unroll 16
-      for (int64_t pair = 0; pair < 16; ++pair) _mm512_store_si512(tile + pair * kBfloat16Step, r[pair]);
+      for (int64_t pair = 0; pair < 16; ++pair) {
+        _mm512_mask_storeu_epi32(packed + pair * 2 * group_rows, lanes, r[pair]);
+      }
     }
   }
 }

@@ -29,31 +29,40 @@ struct StepOfWeight {
   int64_t piece, half, row_bytes;
 };
 
+// A step of a group of x, and how long its rows are; the next group follows after `group` elements.
+struct StepOfGroup {
+  const uint16_t* x;
+  int64_t group = 0;
+  int64_t rows = kBfloat16Group;
+
+  const uint16_t* piece(int p) const { return x + p * kBfloat16Step * rows; }
+  int64_t row_bytes() const { return kTileRowBytes / kBfloat16Group * rows; }
+};
+
 // Product p of a step: tiles 0 and 1 += both halves of the weight rows @ x, tiles 2 and 3 the same with the
 // next group of x. To be called for all p in turn: pieces that two products share stay in their tiles.
 template <int kGroups>
-DTM_FAST_INLINE void add_product(int p, const StepOfWeight& w, const uint16_t* x, int64_t group_size) {
+DTM_FAST_INLINE void add_product(int p, const StepOfWeight& w, const StepOfGroup& x) {
   const bool new_weight = p == 0 || kProductWeight[p] != kProductWeight[p - 1];
   const bool new_x = p == 0 || kProductX[p] != kProductX[p - 1];
   const uint16_t* weight = w.weight + kProductWeight[p] * w.piece;
-  const uint16_t* from = x + kProductX[p] * kTileWords;
-  if (new_x) _tile_loadd(6, from, kTileRowBytes);
+  const uint16_t* from = x.piece(kProductX[p]);
+  if (new_x) _tile_loadd(6, from, x.row_bytes());
   if (new_weight) _tile_loadd(4, weight, w.row_bytes);
   _tile_dpbf16ps(0, 4, 6);
   if (new_weight) _tile_loadd(5, weight + w.half, w.row_bytes);
   _tile_dpbf16ps(1, 5, 6);
   if (kGroups == 1) return;
-  if (new_x) _tile_loadd(7, from + group_size, kTileRowBytes);
+  if (new_x) _tile_loadd(7, from + x.group, x.row_bytes());
   _tile_dpbf16ps(2, 4, 7);
   _tile_dpbf16ps(3, 5, 7);
 }
 
 // The same where tiles 2 and 3 take the weight rows that follow after `second` elements.
 DTM_FAST_INLINE void add_product_of_two_weights(int p, const StepOfWeight& w, int64_t second,
-                                                const uint16_t* x) {
+                                                const StepOfGroup& x) {
   const uint16_t* weight = w.weight + kProductWeight[p] * w.piece;
-  if (p == 0 || kProductX[p] != kProductX[p - 1])
-    _tile_loadd(6, x + kProductX[p] * kTileWords, kTileRowBytes);
+  if (p == 0 || kProductX[p] != kProductX[p - 1]) _tile_loadd(6, x.piece(kProductX[p]), x.row_bytes());
   _tile_loadd(4, weight, w.row_bytes);
   _tile_dpbf16ps(0, 4, 6);
   _tile_loadd(5, weight + w.half, w.row_bytes);

@@ -33,7 +33,7 @@ constexpr int64_t kOwnTasks = 4;
 // Each of them reads the weight anew, which must not come from memory.
 constexpr int64_t kOwnWeightBytes = int64_t{4} << 20;
 // Fewer tokens would leave most of a tile of 16 idle.
-constexpr int64_t kPackTokensFromAmx = 8;
+constexpr int64_t kPackTokensFromAmx = 5;
 // Fewer tokens are finished before the weights have come; dot products read those in the order of memory.
 constexpr int64_t kPackTokensFromVnni = 25;
 // A row of quantized tokens is an odd multiple of this long, so that the same part of 16 tokens, together

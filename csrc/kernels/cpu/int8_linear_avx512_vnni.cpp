@@ -13,6 +13,8 @@ constexpr int64_t kStep = 64;  // int8 elements of K per vector
 constexpr int64_t kPanelRows = 32;
 constexpr int64_t kPanelDepth = 512;
 constexpr int64_t kMostTokens = 4;  // whose sums with four weight rows have a register each
+// How far ahead rows are fetched that are read one after the other: bytes.
+constexpr int64_t kAhead = 16 * 1024;
 
 // Lane j of the result is the sum of all lanes of a_j.
 __m128i sum_lanes(__m512i a0, __m512i a1, __m512i a2, __m512i a3) {
@@ -49,7 +51,7 @@ void fetch(const int8_t* qweight) { _mm_prefetch(reinterpret_cast<const char*>(q
 // The loops over the block are unrolled by pragma: left to itself, GCC 12 unrolls them too late to keep the
 // sums in registers, and stores all of them in every step.
 template <int kTokens>
-void dot_row(const int8_t* qx, int64_t qx_stride, const int8_t* row, const int8_t* next_row, int64_t K,
+void dot_row(const int8_t* qx, int64_t qx_stride, const int8_t* row, const int8_t* row_ahead, int64_t K,
              const int32_t* token_part, int32_t* acc, int64_t acc_stride) {
   constexpr int kChains = kTokens == 1 ? 4 : 2;  // sums per token, which hide the latency of vpdpbusd
   __m512i sum[4][kChains] = {};
@@ -58,7 +60,7 @@ void dot_row(const int8_t* qx, int64_t qx_stride, const int8_t* row, const int8_
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
       const int64_t at = k + c * kStep;
-      fetch(next_row + at);
+      fetch(row_ahead + at);
       const __m512i w = load_weight(row + at, ~__mmask64{0});
 #pragma GCC unroll 4
       for (int i = 0; i < kTokens; ++i) {
@@ -90,9 +92,10 @@ void dot_row(const int8_t* qx, int64_t qx_stride, const int8_t* row, const int8_
 template <int kTokens>
 void dot_rows(const int8_t* qx, int64_t qx_stride, const int8_t* qweight, int64_t qweight_stride,
               int64_t cols, int64_t K, const int32_t* token_part, int32_t* acc, int64_t acc_stride) {
+  const int64_t ahead = (K < kAhead ? (kAhead + K - 1) / (K < 1 ? 1 : K) : 1) * qweight_stride;
   for (int64_t j = 0; j < cols; ++j) {
     const int8_t* row = qweight + j * qweight_stride;
-    dot_row<kTokens>(qx, qx_stride, row, row + qweight_stride, K, token_part, acc + j, acc_stride);
+    dot_row<kTokens>(qx, qx_stride, row, row + ahead, K, token_part, acc + j, acc_stride);
   }
 }
 

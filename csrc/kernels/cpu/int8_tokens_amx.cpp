@@ -14,6 +14,8 @@ constexpr int64_t kBlockSteps = 10;
 // So many tokens or fewer read the weights where they lie, and keep their sums in tiles for all of K.
 constexpr int64_t kInPlaceRows = 256;
 constexpr int64_t kPanelStep = 2 * kTileBytes;
+// How far ahead of its use a row is fetched by as many tokens as are multiplied at a time.
+constexpr int64_t kStepsAhead = 2;
 constexpr int64_t kSumsBlock = kBlock * kBlock;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -36,14 +38,17 @@ void pack_panel(const int8_t* qweight, int64_t stride, int64_t count, int64_t k0
   }
 }
 
-// The weights of the next panel, that are to be in the second-level cache when it is packed.
+// The weights that are to be in the second-level cache when their turn comes.
 struct Next {
   const int8_t* rows;
   int64_t stride;
   int64_t count;
+  // From this step on, other rows: so far from the first ones.
+  int64_t turn = INT64_MAX, to_others = 0;
 
   void prefetch(int64_t step) const {
-    const char* line = reinterpret_cast<const char*>(rows + step * kStep);
+    const int8_t* first = rows + step * kStep + (step < turn ? 0 : to_others);
+    const char* line = reinterpret_cast<const char*>(first);
     for (int64_t j = 0; j < count; ++j, line += stride) _mm_prefetch(line, _MM_HINT_T1);
   }
 };
@@ -118,6 +123,12 @@ struct Columns {
     const int64_t each = (kBlock * kBlock + rows - 1) / rows, first_row = i / kBlock * each;
     return {from + first_row * args.qweight_stride, args.qweight_stride, smaller(each, count - first_row)};
   }
+  // The same weights some steps further, which a machine that foresees 32 runs along the rows hardly needs to
+  // be told; in the end the first steps of the next ones.
+  Next next_steps(int64_t whole) const {
+    return {qweight + kStepsAhead * kStep, args.qweight_stride, cols, whole - kStepsAhead,
+            kBlock * args.qweight_stride - whole * kStep};
+  }
   Next share_of_next_columns(int64_t i) const {
     return share(qweight + kBlock * args.qweight_stride, smaller(kBlock, args.N - n0 - kBlock), i);
   }
@@ -148,7 +159,7 @@ struct Columns {
     const Weights weights = {qweight, args.qweight_stride, kTileRows * args.qweight_stride, kStep};
     const Weights tail = packed(whole, steps - whole);
     for (int64_t i = 0; i < rows; i += kBlock) {
-      const Next next = share_of_next_columns(i);
+      const Next next = rows <= kBlock ? next_steps(whole) : share_of_next_columns(i);
       multiply(weights, i, 0, whole, next);
       if (whole < steps) multiply(tail, i, whole, steps - whole, next);
       store(i);

@@ -29,11 +29,11 @@ int64_t tile_cols(int64_t variants, int64_t rows, int64_t N, int num_threads) {
 // y[:, m0 : m0 + rows], rows <= kChunkRows
 void multiply_chunk(const MaskedLinear& args, int64_t m0, int64_t rows, uint16_t* packed, int num_threads) {
   const uint16_t* x = static_cast<const uint16_t*>(args.x) + m0 * args.x_stride;
-  const int64_t group_size = bfloat16_group_size(args.K);
+  const int64_t group_rows = rows_of_groups(rows), group_size = bfloat16_group_size(args.K, group_rows);
   parallel_for((rows + kBfloat16Group - 1) / kBfloat16Group, num_threads, [&](int64_t group, int) {
     const int64_t first = group * kBfloat16Group;
     pack_bfloat16_group_amx(x + first * args.x_stride, args.x_stride, std::min(kBfloat16Group, rows - first),
-                            args.K, packed + group * group_size);
+                            args.K, packed + group * group_size, group_rows);
   });
   const int64_t tile_variants = std::min(kTileVariants, args.V);
   const int64_t tile_rows = std::min(kTileRows, rows);
@@ -54,6 +54,7 @@ void multiply_chunk(const MaskedLinear& args, int64_t m0, int64_t rows, uint16_t
     tile.cols = std::min(cols, args.N - tile.n0);
     tile.variants = std::min(kTileVariants, args.V - tile.v0);
     tile.x = packed + i0 / kBfloat16Group * group_size;
+    tile.group_rows = group_rows;
     tile.sums = sums.part(thread);
     tile.rows <= kFewRows ? masked_linear_few_amx(args, tile) : masked_linear_tile_amx(args, tile);
   });

@@ -13,8 +13,9 @@ void masked_linear_bfloat16(const MaskedLinear& args, int num_threads);
 struct MaskedLinearTile {
   int64_t v0, m0, n0;
   int64_t variants, rows, cols;
-  const uint16_t* x;  // groups m0 / 16 and following, packed as in bfloat16_tiles.h; m0 is a multiple of 16
-  float* sums;        // masked_linear_tile_sums(variants, rows, cols)
+  const uint16_t* x;   // groups m0 / 16 and following, packed as in bfloat16_tiles.h; m0 is a multiple of 16
+  int64_t group_rows;  // rows_of_groups of all of x
+  float* sums;         // masked_linear_tile_sums(variants, rows, cols)
 };
 
 static constexpr int64_t masked_linear_tile_sums(int64_t variants, int64_t rows, int64_t cols) {

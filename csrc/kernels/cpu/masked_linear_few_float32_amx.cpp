@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kStepSize = kStepRows * kBfloat16Step;  // of a piece
 constexpr int64_t kStepPieces = kFloat32Pieces * kStepSize;
-// How far ahead of its use each row of the weight is fetched, and of a mask.
-constexpr int64_t kAheadBytes = 256, kMaskAheadBytes = 64;
+// How far ahead of its use each row of the weight is fetched: steps of K; and of a mask: bytes.
+constexpr int64_t kStepsAhead = 3, kMaskAheadBytes = 64;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -19,13 +19,19 @@ enum class Second { kNothing, kRowsOfX, kMask };
 
 // 32 weight rows as they are.
 struct Weights {
-  // Row j of step s.
-  DTM_FAST_INLINE Float32Pieces row(int64_t j, int64_t s, __mmask32 there) const {
+  // Row j of step s. Fetches what lies `ahead` of it.
+  DTM_FAST_INLINE Float32Pieces row(int64_t j, int64_t s, int64_t ahead, __mmask32 there) const {
     const float* from = weight + j * stride + s * kBfloat16Step;
-    for (int64_t line = 0; line < 128; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes + line, _MM_HINT_T1);
+    for (int64_t line = 0; line < kBfloat16Step; line += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + ahead + line), _MM_HINT_T1);
     }
     return load_weights(from, there);
+  }
+
+  // Where a row of K weights ends, the first steps of the one 32 rows further.
+  int64_t ahead(int64_t s, int64_t K) const {
+    constexpr int64_t kAhead = kStepsAhead * kBfloat16Step;
+    return kAhead + (s * kBfloat16Step + kAhead < K ? 0 : kStepRows * stride - K);
   }
 
   const float* weight;
@@ -39,12 +45,12 @@ struct Masks {
 
 // Rows j0 .. j1 - 1 of step [masks, kFloat32Pieces, 32, 32], the s-th of K, of which `depth` are there.
 template <int kMasks, bool kWhole>
-DTM_FAST_INLINE void copy_step(const Weights& weights, const Masks& masks, int64_t s, int64_t depth,
-                               int64_t j0, int64_t j1, uint16_t* step) {
+DTM_FAST_INLINE void copy_step(const Weights& weights, int64_t ahead, const Masks& masks, int64_t s,
+                               int64_t depth, int64_t j0, int64_t j1, uint16_t* step) {
   const __mmask32 there = kWhole ? ~__mmask32{0} : first_words(depth);
 #pragma GCC unroll 4
   for (int64_t j = j0; j < j1; ++j) {
-    const Float32Pieces row = weights.row(j, s, there);
+    const Float32Pieces row = weights.row(j, s, ahead, there);
 #pragma GCC unroll 2
     for (int v = 0; v < kMasks; ++v) {
       const uint8_t* bits =
@@ -61,41 +67,48 @@ DTM_FAST_INLINE void copy_step(const Weights& weights, const Masks& masks, int64
   }
 }
 
-// sums [2][32][16] = `rows` weight rows times x. Tiles and vectors work side by side: one of the products of
-// a step, then some rows of the next, which is copied meanwhile. buffer [2] steps of two masks.
+// The float32 sums of tiles 0-3, and what sums_of_block needs beside them. Columns that are no rows of x stay
+// as they are.
+struct alignas(64) Sums {
+  float all[2 * kGroupSums] = {}, of_eight[2 * kGroupSums] = {}, buffer[2 * kGroupSums] = {};
+};
+
+// sums.all [2][32][16] = `rows` weight rows times x, its groups of group_rows rows. Tiles and vectors work
+// side by side: one of the products of a step, then some rows of the next, which is copied meanwhile. buffer
+// [2] steps of two masks.
 template <Second second>
 void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int64_t K, const uint16_t* x,
-                   uint16_t* buffer, float* sums) {
+                   int64_t group_rows, uint16_t* buffer, Sums& sums) {
   constexpr int kMasks = second == Second::kMask ? 2 : 1;
   constexpr int64_t kTiles = second == Second::kNothing ? 2 : 4;
   const int64_t steps = (K + kBfloat16Step - 1) / kBfloat16Step;
+  const int64_t step_of_x = piece_group_size(kBfloat16Step, group_rows);
   const PieceBlocks blocks(K);
   int64_t k0 = 0;  // of the block
-  alignas(64) float of_eight[kTiles * kTileSums], buffer_of_sums[kTiles * kTileSums];
-  const int64_t group_size = steps * kStepOfX;
   zero_sums();
   for (int64_t s = 0; s <= steps; ++s) {
     uint16_t* const filled = buffer + s % 2 * 2 * kStepPieces;
     const StepOfWeight used = {buffer + (s + 1) % 2 * 2 * kStepPieces, kStepSize, kStepSize / 2,
                                kTileRowBytes};
-    const uint16_t* const x_step = x + (s > 0 ? s - 1 : 0) * kStepOfX;
-    const int64_t depth = K - s * kBfloat16Step;
+    const StepOfGroup used_x = {x + (s > 0 ? s - 1 : 0) * step_of_x, steps * step_of_x, group_rows};
+    const int64_t depth = K - s * kBfloat16Step, ahead = weights.ahead(s, K);
 #pragma GCC unroll 6
     for (int p = 0; p < kPieceProducts; ++p) {
       const int64_t j0 = rows * p / kPieceProducts & ~3;
       const int64_t j1 = p + 1 < kPieceProducts ? rows * (p + 1) / kPieceProducts & ~3 : rows;
-      if (s > 0 && second == Second::kNothing) add_product<1>(p, used, x_step, 0);
-      if (s > 0 && second == Second::kRowsOfX) add_product<2>(p, used, x_step, group_size);
-      if (s > 0 && second == Second::kMask) add_product_of_two_weights(p, used, kStepPieces, x_step);
+      if (s > 0 && second == Second::kNothing) add_product<1>(p, used, used_x);
+      if (s > 0 && second == Second::kRowsOfX) add_product<2>(p, used, used_x);
+      if (s > 0 && second == Second::kMask) add_product_of_two_weights(p, used, kStepPieces, used_x);
       if (s < steps && depth >= kBfloat16Step) {
-        copy_step<kMasks, true>(weights, masks, s, depth, j0, j1, filled);
+        copy_step<kMasks, true>(weights, ahead, masks, s, depth, j0, j1, filled);
       } else if (s < steps) {
-        copy_step<kMasks, false>(weights, masks, s, depth, j0, j1, filled);
+        copy_step<kMasks, false>(weights, ahead, masks, s, depth, j0, j1, filled);
       }
     }
     finish_writes(filled);
     if (s == 0 || (s < steps && s * kBfloat16Step < blocks.after(k0))) continue;
-    const BlockSums block = sums_of_block(blocks, k0, kTiles * kTileSums, sums, of_eight, buffer_of_sums);
+    const BlockSums block =
+        sums_of_block(blocks, k0, kTiles * kTileSums, sums.all, sums.of_eight, sums.buffer);
     store_sums<kTiles / 2>(block.to);
     add(block.then, 0, block.then.count);
     k0 = blocks.after(k0);
@@ -107,10 +120,11 @@ void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int
 
 void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& tile,
                                    const uint16_t* packed_x) {
-  const TilesInUse tiles;
+  const int64_t group_rows = rows_of_groups(args.M);
+  const TilesInUse tiles(group_rows);
   const DenormalsAreZero denormals_are_zero;
   alignas(64) uint16_t buffer[2 * 2 * kStepPieces] = {};  // rows that are not there must be finite
-  alignas(64) float sums[2 * kGroupSums] = {};
+  Sums sums;
   const bool two_groups = tile.rows > kBfloat16Group, two_masks = !two_groups && tile.variants > 1;
   const auto multiply = two_groups  ? multiply_rows<Second::kRowsOfX>
                         : two_masks ? multiply_rows<Second::kMask>
@@ -123,12 +137,13 @@ void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& 
       const uint8_t* mask = args.mask + (tile.v0 + v) * args.mask_variant_stride + n * args.mask_row_stride;
       // Where there is no second mask, the first one is taken twice.
       const int64_t to_second = v + 1 < tile.variants ? args.mask_variant_stride : 0;
-      multiply(weights, {mask, args.mask_row_stride, to_second}, rows, args.K, packed_x, buffer, sums);
+      const Masks masks = {mask, args.mask_row_stride, to_second};
+      multiply(weights, masks, rows, args.K, packed_x, group_rows, buffer, sums);
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t i = two_groups ? half * kBfloat16Group : 0, own = v + (two_masks ? half : 0);
         if (half == 1 && (!(two_groups || two_masks) || own == tile.variants)) continue;
         store_float32_block(args, tile.v0 + own, tile.m0 + i, smaller(kBfloat16Group, tile.rows - i), n, rows,
-                            sums + half * kGroupSums, tile.marks + i);
+                            sums.all + half * kGroupSums, tile.marks + i);
       }
     }
   }

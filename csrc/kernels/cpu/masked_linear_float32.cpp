@@ -58,12 +58,14 @@ class Tiling {
 
 void few_rows(const MaskedLinear& args, int num_threads, RowMark* marks) {
   const Tiling tiling(args, kMostFewCols, num_threads);
-  const int64_t groups = ceil_div(args.M, kBfloat16Group), group_size = piece_group_size(args.K);
+  const int64_t group_rows = rows_of_groups(args.M), group_size = piece_group_size(args.K, group_rows);
+  const int64_t groups = ceil_div(args.M, kBfloat16Group);
   ScratchBuffer<uint16_t> x(1, groups * group_size);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t m = g * kBfloat16Group;
     pack_float32_group_amx(static_cast<const float*>(args.x) + m * args.x_stride, args.x_stride,
-                           std::min(kBfloat16Group, args.M - m), args.K, x.part(0) + g * group_size);
+                           std::min(kBfloat16Group, args.M - m), args.K, x.part(0) + g * group_size,
+                           group_rows);
   }
   parallel_for(tiling.tasks(), num_threads, [&](int64_t task, int) {
     masked_linear_few_float32_amx(args, tiling.tile(task, marks), x.part(0));

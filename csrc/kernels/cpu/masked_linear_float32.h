@@ -32,8 +32,8 @@ static constexpr int64_t float32_tile_sums(int64_t variants, int64_t rows, int64
 void masked_linear_float32_amx(const MaskedLinear& args, const Float32Tile& tile,
                                const Float32Scratch& scratch);
 
-// The same for at most kFewRows rows, where reading the weight takes longer than multiplying; packed x: its
-// groups.
+// The same for at most kFewFloat32Rows rows, where reading the weight takes longer than multiplying.
+// packed_x: groups of rows_of_groups(M) rows.
 constexpr int64_t kFewFloat32Rows = 2 * kBfloat16Group;
 void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& tile,
                                    const uint16_t* packed_x);
