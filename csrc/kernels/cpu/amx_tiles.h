@@ -13,12 +13,16 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileRowBytes = 64;
 constexpr int64_t kTileBytes = kTileRows * kTileRowBytes;
 
-// Palette 1: tiles 0-3 hold sums, 4 and 5 weights, 6 and 7 tokens, all of 16 rows of 64 bytes; of fewer bytes
-// where sums and tokens have fewer than 16 columns.
+// What tile 5 holds: tiles 0-3 hold sums, 4 weights, 6 and 7 tokens.
+enum class FifthTile { kWeights, kTokens };
+
+// Palette 1: all tiles have 16 rows of 64 bytes; of fewer bytes where sums and tokens have fewer than 16
+// columns.
 struct alignas(64) TileConfig {
-  explicit TileConfig(int64_t columns) {
+  TileConfig(int64_t columns, FifthTile fifth) {
     for (int tile = 0; tile < 8; ++tile) {
-      if (tile != 4 && tile != 5) row_bytes[tile] = static_cast<uint16_t>(4 * columns);
+      const bool weights = tile == 4 || (tile == 5 && fifth == FifthTile::kWeights);
+      if (!weights) row_bytes[tile] = static_cast<uint16_t>(4 * columns);
     }
   }
 
@@ -36,8 +40,8 @@ inline void finish_writes(const void* memory) { __asm__ volatile("" ::"r"(memory
 // The tiles are configured while an object of this class lives.
 class TilesInUse {
  public:
-  explicit TilesInUse(int64_t columns = kTileRows) {
-    const TileConfig config(columns);
+  explicit TilesInUse(int64_t columns = kTileRows, FifthTile fifth = FifthTile::kWeights) {
+    const TileConfig config(columns, fifth);
     finish_writes(&config);
     _tile_loadconfig(&config);
   }

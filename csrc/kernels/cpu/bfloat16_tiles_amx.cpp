@@ -6,6 +6,12 @@ namespace dtm_fast {
 void pack_bfloat16_group_amx(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t K, uint16_t* packed,
                              int64_t group_rows) {
   const __mmask16 lanes = first_lanes(group_rows);
+  if (group_rows == 1) {  // as it is
+    for (int64_t k = 0; k < K; k += kBfloat16Step) {
+      _mm512_storeu_si512(packed + k, _mm512_maskz_loadu_epi16(first_words(K - k), x + k));
+    }
+    return;
+  }
   for (int64_t k = 0; k < K; k += kBfloat16Step) {
     __m512i r[16];
 #pragma GCC unroll 16

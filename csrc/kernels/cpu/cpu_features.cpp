@@ -72,7 +72,7 @@ CpuIsa detect() {
   if (!has(cpuid(7, 1).eax, bit_AVX512BF16)) return CpuIsa::kAvx512Vnni;
   constexpr uint64_t kTileState = 0x60000;  // tile configuration and tile data
   if ((xcr0 & kTileState) == kTileState && has(leaf7.edx, bit_AMX_TILE | bit_AMX_INT8 | bit_AMX_BF16) &&
-      may_use_tiles()) {
+      has(leaf7.ebx, bit_BMI2) && may_use_tiles()) {
     return CpuIsa::kAmx;
   }
   return is_amd() ? CpuIsa::kAvx512Bf16 : CpuIsa::kAvx512Vnni;

@@ -58,21 +58,6 @@ DTM_FAST_INLINE void add_product(int p, const StepOfWeight& w, const StepOfGroup
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// The same where tiles 2 and 3 take the weight rows that follow after `second` elements.
-DTM_FAST_INLINE void add_product_of_two_weights(int p, const StepOfWeight& w, int64_t second,
-                                                const StepOfGroup& x) {
-  const uint16_t* weight = w.weight + kProductWeight[p] * w.piece;
-  if (p == 0 || kProductX[p] != kProductX[p - 1]) _tile_loadd(6, x.piece(kProductX[p]), x.row_bytes());
-  _tile_loadd(4, weight, w.row_bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(5, weight + w.half, w.row_bytes);
-  _tile_dpbf16ps(1, 5, 6);
-  _tile_loadd(4, weight + second, w.row_bytes);
-  _tile_dpbf16ps(2, 4, 6);
-  _tile_loadd(5, weight + second + w.half, w.row_bytes);
-  _tile_dpbf16ps(3, 5, 6);
-}
-
 DTM_FAST_INLINE void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);

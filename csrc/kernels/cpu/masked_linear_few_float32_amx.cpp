@@ -14,9 +14,6 @@ constexpr int64_t kStepsAhead = 3, kMaskAheadBytes = 64;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// What tiles 2 and 3 hold the sums of, beside those of tiles 0 and 1, of the two halves of 32 weight rows.
-enum class Second { kNothing, kRowsOfX, kMask };
-
 // 32 weight rows as they are.
 struct Weights {
   // Row j of step s. Fetches what lies `ahead` of it.
@@ -38,31 +35,22 @@ struct Weights {
   int64_t stride;
 };
 
-struct Masks {
-  const uint8_t* mask;  // of the first row under the first mask
-  int64_t row_stride, variant_stride;
-};
-
-// Rows j0 .. j1 - 1 of step [masks, kFloat32Pieces, 32, 32], the s-th of K, of which `depth` are there.
-template <int kMasks, bool kWhole>
-DTM_FAST_INLINE void copy_step(const Weights& weights, int64_t ahead, const Masks& masks, int64_t s,
-                               int64_t depth, int64_t j0, int64_t j1, uint16_t* step) {
+// Rows j0 .. j1 - 1 of step [kFloat32Pieces, 32, 32], the s-th of K, of which `depth` are there. mask: of the
+// first row.
+template <bool kWhole>
+DTM_FAST_INLINE void copy_step(const Weights& weights, int64_t ahead, const uint8_t* mask,
+                               int64_t mask_stride, int64_t s, int64_t depth, int64_t j0, int64_t j1,
+                               uint16_t* step) {
   const __mmask32 there = kWhole ? ~__mmask32{0} : first_words(depth);
 #pragma GCC unroll 4
   for (int64_t j = j0; j < j1; ++j) {
     const Float32Pieces row = weights.row(j, s, ahead, there);
-#pragma GCC unroll 2
-    for (int v = 0; v < kMasks; ++v) {
-      const uint8_t* bits =
-          masks.mask + v * masks.variant_stride + j * masks.row_stride + s * kBfloat16Step / 8;
-      // With two masks the products take longer than reading them, and fetching would only add to that.
-      if (kMasks == 1) _mm_prefetch(reinterpret_cast<const char*>(bits) + kMaskAheadBytes, _MM_HINT_T0);
-      const __mmask32 kept = kWhole ? mask_bits(bits, 0) : there & mask_bits_to_end(bits, 0, depth);
+    const uint8_t* bits = mask + j * mask_stride + s * kBfloat16Step / 8;
+    _mm_prefetch(reinterpret_cast<const char*>(bits) + kMaskAheadBytes, _MM_HINT_T0);
+    const __mmask32 kept = kWhole ? mask_bits(bits, 0) : there & mask_bits_to_end(bits, 0, depth);
 #pragma GCC unroll 3
-      for (int p = 0; p < kFloat32Pieces; ++p) {
-        _mm512_store_si512(step + v * kStepPieces + p * kStepSize + j * kBfloat16Step,
-                           pairs_of(row, p, kept));
-      }
+    for (int p = 0; p < kFloat32Pieces; ++p) {
+      _mm512_store_si512(step + p * kStepSize + j * kBfloat16Step, pairs_of(row, p, kept));
     }
   }
 }
@@ -73,43 +61,38 @@ struct alignas(64) Sums {
   float all[2 * kGroupSums] = {}, of_eight[2 * kGroupSums] = {}, buffer[2 * kGroupSums] = {};
 };
 
-// sums.all [2][32][16] = `rows` weight rows times x, its groups of group_rows rows. Tiles and vectors work
-// side by side: one of the products of a step, then some rows of the next, which is copied meanwhile. buffer
-// [2] steps of two masks.
-template <Second second>
-void multiply_rows(const Weights& weights, const Masks& masks, int64_t rows, int64_t K, const uint16_t* x,
-                   int64_t group_rows, uint16_t* buffer, Sums& sums) {
-  constexpr int kMasks = second == Second::kMask ? 2 : 1;
-  constexpr int64_t kTiles = second == Second::kNothing ? 2 : 4;
+// sums.all [kGroups][32][16] = `rows` weight rows times x, its groups of group_rows rows. Tiles and vectors
+// work side by side: one of the products of a step, then some rows of the next, which is copied meanwhile.
+// buffer [2] steps.
+template <int kGroups>
+void multiply_rows(const Weights& weights, const uint8_t* mask, int64_t mask_stride, int64_t rows, int64_t K,
+                   const uint16_t* x, int64_t group_rows, uint16_t* buffer, Sums& sums) {
   const int64_t steps = (K + kBfloat16Step - 1) / kBfloat16Step;
   const int64_t step_of_x = piece_group_size(kBfloat16Step, group_rows);
   const PieceBlocks blocks(K);
   int64_t k0 = 0;  // of the block
   zero_sums();
   for (int64_t s = 0; s <= steps; ++s) {
-    uint16_t* const filled = buffer + s % 2 * 2 * kStepPieces;
-    const StepOfWeight used = {buffer + (s + 1) % 2 * 2 * kStepPieces, kStepSize, kStepSize / 2,
-                               kTileRowBytes};
+    uint16_t* const filled = buffer + s % 2 * kStepPieces;
+    const StepOfWeight used = {buffer + (s + 1) % 2 * kStepPieces, kStepSize, kStepSize / 2, kTileRowBytes};
     const StepOfGroup used_x = {x + (s > 0 ? s - 1 : 0) * step_of_x, steps * step_of_x, group_rows};
     const int64_t depth = K - s * kBfloat16Step, ahead = weights.ahead(s, K);
 #pragma GCC unroll 6
     for (int p = 0; p < kPieceProducts; ++p) {
       const int64_t j0 = rows * p / kPieceProducts & ~3;
       const int64_t j1 = p + 1 < kPieceProducts ? rows * (p + 1) / kPieceProducts & ~3 : rows;
-      if (s > 0 && second == Second::kNothing) add_product<1>(p, used, used_x);
-      if (s > 0 && second == Second::kRowsOfX) add_product<2>(p, used, used_x);
-      if (s > 0 && second == Second::kMask) add_product_of_two_weights(p, used, kStepPieces, used_x);
+      if (s > 0) add_product<kGroups>(p, used, used_x);
       if (s < steps && depth >= kBfloat16Step) {
-        copy_step<kMasks, true>(weights, ahead, masks, s, depth, j0, j1, filled);
+        copy_step<true>(weights, ahead, mask, mask_stride, s, depth, j0, j1, filled);
       } else if (s < steps) {
-        copy_step<kMasks, false>(weights, ahead, masks, s, depth, j0, j1, filled);
+        copy_step<false>(weights, ahead, mask, mask_stride, s, depth, j0, j1, filled);
       }
     }
     finish_writes(filled);
     if (s == 0 || (s < steps && s * kBfloat16Step < blocks.after(k0))) continue;
     const BlockSums block =
-        sums_of_block(blocks, k0, kTiles * kTileSums, sums.all, sums.of_eight, sums.buffer);
-    store_sums<kTiles / 2>(block.to);
+        sums_of_block(blocks, k0, kGroups * kGroupSums, sums.all, sums.of_eight, sums.buffer);
+    store_sums<kGroups>(block.to);
     add(block.then, 0, block.then.count);
     k0 = blocks.after(k0);
     zero_sums();
@@ -123,27 +106,19 @@ void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& 
   const int64_t group_rows = rows_of_groups(args.M);
   const TilesInUse tiles(group_rows);
   const DenormalsAreZero denormals_are_zero;
-  alignas(64) uint16_t buffer[2 * 2 * kStepPieces] = {};  // rows that are not there must be finite
+  alignas(64) uint16_t buffer[2 * kStepPieces] = {};  // rows that are not there must be finite
   Sums sums;
-  const bool two_groups = tile.rows > kBfloat16Group, two_masks = !two_groups && tile.variants > 1;
-  const auto multiply = two_groups  ? multiply_rows<Second::kRowsOfX>
-                        : two_masks ? multiply_rows<Second::kMask>
-                                    : multiply_rows<Second::kNothing>;
+  const auto multiply = tile.rows > kBfloat16Group ? multiply_rows<2> : multiply_rows<1>;
   for (int64_t j = 0; j < tile.cols; j += kStepRows) {
     const int64_t rows = smaller(kStepRows, tile.cols - j), n = tile.n0 + j;
     const Weights weights = {static_cast<const float*>(args.weight) + n * args.weight_stride,
                              args.weight_stride};
-    for (int64_t v = 0; v < tile.variants; v += two_masks ? 2 : 1) {
-      const uint8_t* mask = args.mask + (tile.v0 + v) * args.mask_variant_stride + n * args.mask_row_stride;
-      // Where there is no second mask, the first one is taken twice.
-      const int64_t to_second = v + 1 < tile.variants ? args.mask_variant_stride : 0;
-      const Masks masks = {mask, args.mask_row_stride, to_second};
-      multiply(weights, masks, rows, args.K, packed_x, group_rows, buffer, sums);
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t i = two_groups ? half * kBfloat16Group : 0, own = v + (two_masks ? half : 0);
-        if (half == 1 && (!(two_groups || two_masks) || own == tile.variants)) continue;
-        store_float32_block(args, tile.v0 + own, tile.m0 + i, smaller(kBfloat16Group, tile.rows - i), n, rows,
-                            sums.all + half * kGroupSums, tile.marks + i);
+    for (int64_t v = tile.v0; v < tile.v0 + tile.variants; ++v) {
+      const uint8_t* mask = args.mask + v * args.mask_variant_stride + n * args.mask_row_stride;
+      multiply(weights, mask, args.mask_row_stride, rows, args.K, packed_x, group_rows, buffer, sums);
+      for (int64_t i = 0; i < tile.rows; i += kBfloat16Group) {
+        store_float32_block(args, v, tile.m0 + i, smaller(kBfloat16Group, tile.rows - i), n, rows,
+                            sums.all + i / kBfloat16Group * kGroupSums, tile.marks + i);
       }
     }
   }

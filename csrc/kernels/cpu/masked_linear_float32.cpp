@@ -67,9 +67,10 @@ void few_rows(const MaskedLinear& args, int num_threads, RowMark* marks) {
                            std::min(kBfloat16Group, args.M - m), args.K, x.part(0) + g * group_size,
                            group_rows);
   }
-  parallel_for(tiling.tasks(), num_threads, [&](int64_t task, int) {
-    masked_linear_few_float32_amx(args, tiling.tile(task, marks), x.part(0));
-  });
+  const bool masks = args.V > 1 && groups == 1;
+  const auto multiply = masks ? masked_linear_few_masks_float32_amx : masked_linear_few_float32_amx;
+  parallel_for(tiling.tasks(), num_threads,
+               [&](int64_t task, int) { multiply(args, tiling.tile(task, marks), x.part(0)); });
 }
 
 void many_rows(const MaskedLinear& args, int num_threads, RowMark* marks) {

@@ -38,4 +38,8 @@ constexpr int64_t kFewFloat32Rows = 2 * kBfloat16Group;
 void masked_linear_few_float32_amx(const MaskedLinear& args, const Float32Tile& tile,
                                    const uint16_t* packed_x);
 
+// The same for one group of rows and several masks, where multiplying takes longer than reading.
+void masked_linear_few_masks_float32_amx(const MaskedLinear& args, const Float32Tile& tile,
+                                         const uint16_t* packed_x);
+
 }  // namespace dtm_fast
