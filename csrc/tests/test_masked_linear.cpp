@@ -340,6 +340,8 @@ int main() {
         test_shape(isa, type, {1, 60, 70, 300}, false, 0x1p-70f);
       }
       if (isa != CpuIsa::kAmx) continue;
+      // Few rows of x under several masks: in passes of 2 to 4.
+      for (int64_t V : {4, 5, 7, 8}) test_shape(isa, type, {V, 3, 35, 360}, true);
       // The weight is packed: several blocks of K, tails of each size, tasks of one block of rows more or
       // less.
       test_shape(isa, type, {1, 512, 33, 1}, false);

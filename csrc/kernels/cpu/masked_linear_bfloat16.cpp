@@ -43,6 +43,9 @@ void multiply_chunk(const MaskedLinear& args, int64_t m0, int64_t rows, uint16_t
   const int64_t tasks = row_tiles * col_tiles * ((args.V + kTileVariants - 1) / kTileVariants);
   ScratchBuffer<float> sums(threads_used(tasks, num_threads),
                             masked_linear_tile_sums(tile_variants, tile_rows, cols));
+  const auto multiply = rows > kFewRows                        ? masked_linear_tile_amx
+                        : rows <= kBfloat16Group && args.V > 1 ? masked_linear_few_masks_amx
+                                                               : masked_linear_few_amx;
   parallel_for(tasks, num_threads, [&](int64_t task, int thread) {
     // Row tiles of one column tile follow each other, so that its weights are read from memory once.
     const int64_t i0 = task % row_tiles * kTileRows;
@@ -56,7 +59,7 @@ void multiply_chunk(const MaskedLinear& args, int64_t m0, int64_t rows, uint16_t
     tile.x = packed + i0 / kBfloat16Group * group_size;
     tile.group_rows = group_rows;
     tile.sums = sums.part(thread);
-    tile.rows <= kFewRows ? masked_linear_few_amx(args, tile) : masked_linear_tile_amx(args, tile);
+    multiply(args, tile);
   });
 }
 

@@ -28,6 +28,9 @@ void masked_linear_tile_amx(const MaskedLinear& args, const MaskedLinearTile& ti
 constexpr int64_t kFewRows = 2 * kBfloat16Group;
 void masked_linear_few_amx(const MaskedLinear& args, const MaskedLinearTile& tile);
 
+// The same for all of x in one group and several masks, where multiplying takes longer than reading.
+void masked_linear_few_masks_amx(const MaskedLinear& args, const MaskedLinearTile& tile);
+
 // So many rows that packing the masked weight is worth it, see row_tiles.h.
 
 // Packs weight rows 32 * block and following under mask v: RowTiles::block_bytes() of the packed weight.

@@ -45,13 +45,15 @@ template <int kMasks, bool kWhole>
 DTM_FAST_INLINE void copy_rows(const Strip& strip, int64_t k, int64_t j0, int64_t j1, uint16_t* step) {
   const int64_t depth = strip.K - k, ahead = strip.ahead(k);
   const __mmask32 there = kWhole ? ~__mmask32{0} : first_words(depth);
-  const int64_t mask_stride = strip.mask_stride;  // which the compiler thinks the stores could change
+  // Locals, for all that the compiler knows the stores could change the strip.
+  const int64_t weight_stride = strip.weight_stride, mask_stride = strip.mask_stride;
+  const bool in_memory = strip.in_memory;
   const uint8_t* masks[kMasks];
 #pragma GCC unroll 4
   for (int v = 0; v < kMasks; ++v) masks[v] = strip.mask + v * strip.variant_stride + k / 8;
   for (int64_t j = j0; j < j1; ++j) {
-    const float* from = strip.weight + j * strip.weight_stride + k;
-    if (strip.in_memory) {
+    const float* from = strip.weight + j * weight_stride + k;
+    if (in_memory) {
       for (int64_t line = 0; line < kBfloat16Step; line += 16) {
         _mm_prefetch(reinterpret_cast<const char*>(from + ahead + line), _MM_HINT_T1);
       }
