@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Runs the command line."""
     try:
-        from dtm_fast.cli import main as run  # torch and transformers with it, which takes seconds
+        from dtm_fast.cli import main as run  # torch with it, which takes a second
     except KeyboardInterrupt:
         sys.exit(130)
     run()

@@ -36,6 +36,44 @@ def test_who_wants_the_operations_does_not_wait_for_transformers_or_the_compiler
     assert (ended.stdout, ended.stderr) == ("set()\n", "")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["--version"], ["doctor"]])
+def test_who_asks_the_command_line_for_help_does_not_wait_for_transformers_or_the_compiler(arguments):
+    ended = run(
+        f"""
+import sys
+from dtm_fast.__main__ import main
+
+sys.argv = ["dtm-fast", *{arguments}]
+try:
+    main()
+finally:
+    print({{"transformers", "huggingface_hub", "torch._dynamo"}} & set(sys.modules), file=sys.stderr)
+"""
+    )
+    assert (ended.returncode, ended.stderr) == (0, "set()\n")
+
+
+def test_transformers_is_quiet_in_a_command_that_imports_it():
+    ended = run(
+        """
+import sys
+from contextlib import suppress
+from dtm_fast.cli import main
+
+sys.argv = ["dtm-fast", "--version"]
+with suppress(SystemExit):
+    main()
+
+from huggingface_hub.utils import are_progress_bars_disabled, logging as of_the_hub
+from transformers.utils import logging
+
+levels = logging.get_verbosity() == logging.ERROR, of_the_hub.get_verbosity() == of_the_hub.ERROR
+print(levels, logging.is_progress_bar_enabled(), are_progress_bars_disabled())
+"""
+    )
+    assert (ended.stdout.splitlines()[1:], ended.stderr) == (["(True, True) False True"], "")
+
+
 def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback():
     ended = run(
         """
@@ -44,7 +82,7 @@ from dtm_fast.__main__ import main
 
 class Interrupts:
     def find_spec(self, name, *_):
-        if name == "transformers":
+        if name == "torch":
             raise KeyboardInterrupt
 
 sys.meta_path.insert(0, Interrupts())

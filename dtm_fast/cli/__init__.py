@@ -1,14 +1,12 @@
 """The command line: ``dtm-fast COMMAND``, one for each search, for checkpoints and for reports."""
 
 import json
-import logging
 import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 import typer
 from typer.core import TyperGroup
 
@@ -91,9 +89,10 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
 
 def main() -> None:
     """Runs the command line; exit codes: 0 ok, 1 a check failed, 2 usage or unusable input, 130 interrupted."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # Their functions would import both, which takes seconds; a command that needs a model imports them later.
+    os.environ.update(
+        TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"
+    )
     warnings.showwarning = lambda message, *_, **__: console.show_note(f"warning: {message}")
     try:
         app()

@@ -1,5 +1,7 @@
 """What every search is run on: a model, probes, an evaluator and a run directory, from the same options."""
 
+from __future__ import annotations
+
 import hashlib
 import inspect
 import json
@@ -10,12 +12,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
-import transformers
 import typer
-from transformers import PreTrainedTokenizerBase
 
 from dtm_fast import console
 from dtm_fast.cli.options import (
@@ -49,6 +49,9 @@ from dtm_fast.ops import backend_info
 from dtm_fast.plan import RecordedEvaluator, check_shapes
 from dtm_fast.runs import RunDirectory
 from dtm_fast.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MOST_GIB = 2**20  # more than any machine has, so that no bound is infinite
 _LAYERS: tuple[Literal["auto", "fused", "transformers"], ...] = ("auto", "fused", "transformers")
@@ -247,6 +250,8 @@ def session(
 
 def _described(evaluator: Evaluator | ReferenceEvaluator, setting: Setting) -> dict[str, Any]:
     """How a run is run, and what a report needs to know of the model."""
+    import transformers
+
     probes = evaluator.probes
     return {
         "command": ["dtm-fast", *sys.argv[1:]],

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dtm_fast.compression.break_even import density_of, faster_layer
 from dtm_fast.compression.int8 import W8A8
@@ -37,6 +36,8 @@ def why_not_replaced(component: Component, users: int) -> str | None:
         component: of a model.
         users: how many modules of the model have its weight.
     """
+    from transformers.pytorch_utils import Conv1D
+
     module = component.module
     if type(module) not in (nn.Linear, Conv1D):
         return f"its {type(module).__name__} may do more than multiply"
@@ -116,6 +117,8 @@ def _dense(component: Component, weight: Tensor) -> nn.Module:
     """A module as the component's own, of this weight [N, K] and a bias of its own."""
     if not component.transposed:
         return _linear(component, weight)
+    from transformers.pytorch_utils import Conv1D
+
     with torch.device("meta"):
         conv = Conv1D(*weight.shape)
     conv.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)

@@ -1,18 +1,19 @@
 """Training between pruning rounds: the weights that are left learn to do without those that were dropped."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import AdamW
-from transformers import PreTrainedModel
 
 from dtm_fast.compression.accelerated import is_accelerated
 from dtm_fast.compression.checkpoints import (
@@ -32,6 +33,9 @@ from dtm_fast.errors import InputError, ModelError, RunError, TrainingError, Tre
 from dtm_fast.model import Decoder, model_identity
 from dtm_fast.model.soundness import check_storable, first_line
 from dtm_fast.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MODEL, _LOSSES = "model", "losses.json"
 _BETAS = (0.9, 0.95)

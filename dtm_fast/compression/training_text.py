@@ -1,14 +1,19 @@
 """Text as blocks of tokens, as language models are trained on it."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Iterable
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from dtm_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def blocks_of(

@@ -1,11 +1,13 @@
 """A plan as a Hugging Face checkpoint that transformers, vLLM and this package load."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dtm_fast.compression import Change
 from dtm_fast.compression.accelerated import is_accelerated
@@ -21,6 +23,9 @@ from dtm_fast.export.validation import validate
 from dtm_fast.model import Calibration, Component, Decoder
 from dtm_fast.model.soundness import check_storable, check_vocabulary, first_line
 from dtm_fast.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PLAN = "dtm_plan.json"
 
@@ -66,6 +71,8 @@ def export_checkpoint(
             ``for_vllm`` and the plan does not treat alike what vLLM multiplies by as one matrix.
         RunError: the folder holds something, or cannot be written.
     """
+    from transformers import PreTrainedTokenizerBase
+
     folder = Path(folder).resolve()
     if not isinstance(plan, Plan):
         raise InputError(

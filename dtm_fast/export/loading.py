@@ -1,17 +1,13 @@
 """An exported checkpoint back on this package's kernels."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from dtm_fast.compression import Configuration
 from dtm_fast.compression.break_even import faster_layer
@@ -28,6 +24,9 @@ from dtm_fast.model import Decoder, check_vocabulary
 from dtm_fast.model.soundness import check_complete, check_finite, first_line
 from dtm_fast.nn import Int8Linear, SparseLinear
 from dtm_fast.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -51,6 +50,8 @@ def load_export(
             this package has no kernel for, a mask that disagrees with the zeros, a tensor of another shape, a config
             that is not the plan's.
     """
+    from transformers import AutoTokenizer
+
     folder = Path(folder)
     config, skeleton = read_skeleton(folder)
     headers = read_headers(folder)
@@ -154,6 +155,8 @@ def _dense(
     folder: Path, kind: type[PreTrainedModel], config: Any, tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
     """The model with all weights dense."""
+    from transformers import GenerationConfig
+
     try:
         loaded: Any = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True

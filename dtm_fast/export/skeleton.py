@@ -1,13 +1,18 @@
 """A model as its config.json describes it, without weights."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dtm_fast.errors import ModelError
 from dtm_fast.model.soundness import check_causal, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def read_skeleton(folder: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
@@ -18,6 +23,8 @@ def read_skeleton(folder: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: the folder has no config.json, so it is no Hugging Face model")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

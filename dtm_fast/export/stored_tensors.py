@@ -1,12 +1,16 @@
 """Whether the tensors of a checkpoint are those that its config groups say."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-from transformers import PreTrainedModel
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from dtm_fast.export.checkpoint_files import Header, Headers
 from dtm_fast.export.config_groups import Arguments, Group
 from dtm_fast.export.forms import PACK_QUANTIZED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FLOATS = ("F32", "BF16", "F16")
 _QUANTIZED_NAMES = ("weight_scale", "weight_packed", "weight_zero_point", "weight_shape")

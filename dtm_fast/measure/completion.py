@@ -1,12 +1,18 @@
 """The base model's greedy completion of a batch of prefixes, the same text its teacher-forced pass chooses."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.forward import choice, logits_before
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def greedy(model: PreTrainedModel, tokens: Tensor, length: int) -> Tensor:

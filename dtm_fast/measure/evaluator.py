@@ -1,15 +1,16 @@
 """The fast evaluator: many configurations in one walk, what they share computed once."""
 
+from __future__ import annotations
+
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dtm_fast.compression import Configuration, check_configuration
 from dtm_fast.errors import MeasurementError, ModelError
@@ -32,6 +33,9 @@ from dtm_fast.measure.whole_head import WholeHead
 from dtm_fast.model import Calibration, Decoder, check_eval_mode
 from dtm_fast.model.gated_decoder import LayerParts
 from dtm_fast.ops.decoder_layer import States
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Engine: TypeAlias = Literal["auto", "fused", "torch", "differences", "transformers"]
 """Which layers run: this package's kernels, torch's operations on parts of the text, exactly or on differences to the
@@ -138,7 +142,7 @@ class Evaluator:
         everyone, first = range(len(self.probes)), self.probes.prefix - 1
         return layers.head_input(None, layers.exact, everyone, first, layers.positions)
 
-    def afresh(self) -> "Evaluator":
+    def afresh(self) -> Evaluator:
         """The same evaluator of the model as it is now, after its weights were changed; without a calibration.
 
         Raises:
@@ -152,8 +156,8 @@ class Evaluator:
         configuration: Configuration,
         *,
         memory: int | None = None,
-        instead_of: "Evaluator | None" = None,
-    ) -> "Evaluator":
+        instead_of: Evaluator | None = None,
+    ) -> Evaluator:
         """An evaluator that reaches FDT from the states of ``configuration`` instead of the model's.
 
         It gives the same FDT, sooner for configurations that differ from this one in a few components: the step of a

@@ -1,13 +1,18 @@
 """The self-divergence floor: how far rounding alone makes the base diverge from its own text."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dtm_fast.measure.forward import choice, lead, logits_before
 from dtm_fast.measure.probes import Probes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

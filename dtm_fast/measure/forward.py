@@ -1,12 +1,17 @@
 """One plain teacher-forced pass of a Hugging Face model, and what is read off its logits."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dtm_fast.errors import MeasurementError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROWS = 32  # positions whose logits, of the whole vocabulary and in float32, are held at a time
 

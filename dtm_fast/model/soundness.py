@@ -1,18 +1,23 @@
 """What a checkpoint must be before anything is measured on it; each check raises ModelError."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dtm_fast.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_causal(name: str | Path, config: PretrainedConfig) -> None:
     """The configuration is of a decoder-only language model that transformers itself implements."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     known = {
         architecture
         for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

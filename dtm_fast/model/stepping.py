@@ -1,17 +1,21 @@
 """A Hugging Face decoder run layer by layer, each layer called exactly as the model itself calls it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dtm_fast.errors import ModelError
 from dtm_fast.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HIDDEN = "hidden_states"
 
