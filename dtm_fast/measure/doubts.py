@@ -52,7 +52,8 @@ def _settled_by(
         return []
     lengths = [prefix + doubt.positions[-1] for doubt in doubts]  # a position predicts the token behind it
     end = max(lengths)
-    x = torch.zeros(len(doubts), end, layers.shape.hidden, device=layers.decoder.model.device)
+    device = layers.decoder.model.device
+    x = torch.zeros(len(doubts), end, layers.shape.hidden, dtype=torch.float32, device=device)
     kv = layers.new_kv(len(doubts))
     starts = [doubt.start for doubt in doubts]
     for layer in range(min(starts), layers.depth):

@@ -62,7 +62,7 @@ class FirstDivergence:
         return cls(
             completion,
             torch.full((probes,), completion),
-            torch.full((probes,), torch.nan),
+            torch.full((probes,), torch.nan, dtype=torch.float32),
             torch.zeros(probes, dtype=torch.int64),
         )
 

@@ -183,7 +183,7 @@ class FusedLayers:
         weights = self._treated(layer, treatments, arithmetic, from_base=x is None)
         if x is None and arithmetic == self.exact:
             x = self.base(layer, rows, first, end)
-        out = torch.empty(len(rows), end - first, self.shape.hidden)
+        out = torch.empty(len(rows), end - first, self.shape.hidden, dtype=torch.float32, device="cpu")
         decoder_layer(
             weights,
             x,
@@ -209,7 +209,8 @@ class FusedLayers:
 
     def new_kv(self, rows: int) -> Tensor:
         """Room for the keys and values of so many rows."""
-        return torch.empty(rows, self.positions, 2 * self.shape.kv_heads * self.shape.head_dim)
+        width = 2 * self.shape.kv_heads * self.shape.head_dim
+        return torch.empty(rows, self.positions, width, dtype=torch.float32, device="cpu")
 
     def _kv_of(self, layer: int) -> Tensor:
         if layer not in self._kv:

@@ -140,7 +140,7 @@ class Head:
             reach=error * (hidden.float() - base.float()).norm(dim=1),
             mismatch=top != reference,
             certain=torch.ones_like(top, dtype=torch.bool),
-            lead=torch.full(top.shape, torch.nan, device=hidden.device),
+            lead=torch.full(top.shape, torch.nan, dtype=torch.float32, device=hidden.device),
         )
         is_many = threats > nearest.shape[1]
         wanted = ((threats > 0) | rows.mismatch) & ~is_many

@@ -7,6 +7,14 @@ import torch
 from torch import nn
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What torch.autocast casts to on the device of x; None where it is off, or is not, as on meta."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 class LinearLayer(nn.Module):
     """The sizes and the bias of a torch.nn.Linear; buffers that keep their values when the layer is cast."""
 
@@ -32,9 +40,9 @@ class LinearLayer(nn.Module):
 
     def autocast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x and the bias, under torch.autocast in its dtype, as torch.nn.Linear casts them."""
-        if not torch.is_autocast_enabled(x.device.type):
+        dtype = autocast_dtype(x)
+        if dtype is None:
             return x, self.bias
-        dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def extra_repr(self) -> str:

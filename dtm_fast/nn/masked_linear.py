@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dtm_fast import ops
-from dtm_fast.nn.linear_layer import LinearLayer
+from dtm_fast.nn.linear_layer import LinearLayer, autocast_dtype
 from dtm_fast.ops import checks
 from dtm_fast.ops.mask_bits import check_packed
 
@@ -80,8 +80,9 @@ class MaskedLinear(LinearLayer):
         Under torch.autocast all are cast to its dtype first, as torch.nn.Linear does.
         """
         weight: torch.Tensor = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            weight = weight.to(torch.get_autocast_dtype(x.device.type))
+        dtype = autocast_dtype(x)
+        if dtype is not None:
+            weight = weight.to(dtype)
         x, bias = self.autocast(x)
         return ops.masked_linear(x, weight, self.mask, bias)
 

@@ -28,7 +28,9 @@ def apply_mask(weight: torch.Tensor, mask: torch.Tensor, *, backend: str | None 
         ValueError: shapes or devices do not fit, mask has bits set beyond K; backend is unknown.
         RuntimeError: backend cannot run.
     """
-    if is_recorded() or (backend != "reference" and checks.gradient_needed(weight)):
+    if backend != "reference":
+        checks.no_tangent("apply_mask", weight)
+    if is_recorded(weight, mask) or (backend != "reference" and checks.gradient_needed(weight)):
         return cast(torch.Tensor, OPERATOR(weight, mask, backend))
     return _run(weight, mask, backend)
 
@@ -41,7 +43,7 @@ def apply_mask_reference(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tens
 def _apply_mask_cpu(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     cpu, isa, threads = native.cpu_call()
     weight, mask = native.as_rows(weight), native.as_rows(mask)
-    y = torch.empty(weight.shape, dtype=weight.dtype)
+    y = weight.new_empty(weight.shape)
     cpu.apply_mask(
         isa,
         threads,

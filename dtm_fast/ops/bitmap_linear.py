@@ -40,7 +40,7 @@ def bitmap_linear(
     if not isinstance(weight, BitmapWeight):
         raise TypeError(f"weight: expected a BitmapWeight, got {type(weight).__name__}")
     packed = (weight.bits, weight.begins, weight.values, weight.N, weight.K)
-    if is_recorded():
+    if is_recorded(x, weight.values):
         checks.no_gradient_needed("bitmap_linear", x, weight.values, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, *packed, bias, backend))
     return _run(x, *packed, bias, backend)
@@ -58,7 +58,7 @@ def _bitmap_linear_cuda(x: torch.Tensor, weight: BitmapWeight, bias: torch.Tenso
     cuda, stream = native.cuda_call(x.device)
     rows = native.as_separate_rows(x)
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty((*x.shape[:-1], weight.N), dtype=x.dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], weight.N))
     with native.on_device(x.device):
         cuda.bitmap_linear(
             native.FLOAT_TYPES[x.dtype],

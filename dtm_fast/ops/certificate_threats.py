@@ -41,7 +41,7 @@ def _count_threats_cpu(hidden: torch.Tensor, base: torch.Tensor, radius: torch.T
     cpu, isa, threads = native.cpu_call()
     hidden, base, radius = native.as_rows(hidden), base.contiguous(), radius.contiguous()
     positions, depth = hidden.shape
-    threats = torch.empty(positions, dtype=torch.int64)
+    threats = torch.empty(positions, dtype=torch.int64, device=hidden.device)
     cpu.certificate_threats(
         isa,
         threads,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 # By tensor, the states in which it was read and found good: a set of tuples.
@@ -92,8 +93,18 @@ def gradient_needed(*tensors: object) -> bool:
     )
 
 
+def no_tangent(operation: str, *tensors: object) -> None:
+    """Raise RuntimeError if one of these has a forward-mode derivative, which native code would lose."""
+    if forward_ad._current_level >= 0 and any(
+        isinstance(each, torch.Tensor) and forward_ad.unpack_dual(each).tangent is not None
+        for each in tensors
+    ):
+        raise RuntimeError(f"{operation} has no forward-mode derivative")
+
+
 def no_gradient_needed(operation: str, *tensors: torch.Tensor | None) -> None:
-    """Raise RuntimeError if autograd would need a backward of this operation."""
+    """Raise RuntimeError if autograd would need a derivative of this operation."""
+    no_tangent(operation, *tensors)
     if gradient_needed(*tensors):
         raise RuntimeError(f"{operation} has no backward yet; call it under torch.no_grad()")
 

@@ -43,7 +43,8 @@ def int8_linear(
 
     Source: LLM.int8(), Dettmers et al. 2022 (vector-wise quantization).
     """
-    if is_recorded():
+    if is_recorded(x, qweight, scale):
+        checks.no_gradient_needed("int8_linear", x, scale, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, qweight, scale, bias, backend))
     return _run(x, qweight, scale, bias, backend)
 
@@ -70,7 +71,7 @@ def _int8_linear_cpu(
     scale = scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     columns, depth = qweight.shape
-    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], columns))
     cpu.int8_linear(
         isa,
         threads,
@@ -102,10 +103,10 @@ def int8_linear_cuda(
     scale = scale.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     columns, depth = qweight.shape
-    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], columns))
     qx_stride = -(-depth // 16) * 16
     qx = torch.empty((rows.shape[0], qx_stride), dtype=torch.int8, device=x.device)
-    scale_x = torch.empty(rows.shape[0], device=x.device)
+    scale_x = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
     with native.on_device(x.device):
         cuda.int8_linear(
             native.CUDA_KERNELS.index(kernel),

@@ -6,14 +6,31 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("dtm_fast", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 
 
-def is_recorded() -> bool:
-    """Whether torch.compile or torch.jit.trace records what runs, which sees operators and no native code."""
-    if torch.compiler.is_compiling():
+def is_recorded(*tensors: object) -> bool:
+    """Whether an operation on these must go through its operator, because native code would not be seen or has no data.
+
+    That is so while torch.compile or torch.jit.trace records what runs, under what stands between operations and their
+    kernels (fake tensors, make_fx, torch.func), and for tensors on the meta device or of subclasses.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(
+        isinstance(each, torch.Tensor) and (type(each) not in _PLAIN or each.is_meta) for each in tensors
+    )
+
+
+def is_differentiated() -> bool:
+    """Whether torch.func takes derivatives of what runs, which no backward of an operator serves."""
+    if torch.compiler.is_compiling():
+        return False
+    transform = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None and transform.key() in _DERIVATIVES
 
 
 def register(

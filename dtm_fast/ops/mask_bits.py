@@ -27,7 +27,7 @@ def pack_mask(mask: torch.Tensor, *, backend: str | None = None) -> torch.Tensor
         ValueError: mask has no dimension; backend is unknown.
         RuntimeError: backend cannot run.
     """
-    if is_recorded():
+    if is_recorded(mask):
         return cast(torch.Tensor, _PACK(mask, backend))
     return _run_pack(mask, backend)
 
@@ -55,7 +55,7 @@ def unpack_mask(
         ValueError: packed does not have ceil(K / 8) columns, or bits set beyond K; backend is unknown.
         RuntimeError: backend cannot run.
     """
-    if is_recorded():
+    if is_recorded(packed):
         return cast(torch.Tensor, _UNPACK(packed, K, backend))
     return _run_unpack(packed, K, backend)
 
@@ -85,7 +85,7 @@ def check_packed(name: str, packed: torch.Tensor, columns: int) -> None:
 def _pack_mask_cpu(mask: torch.Tensor) -> torch.Tensor:
     cpu, isa, threads = native.cpu_call()
     rows = native.as_rows(mask)
-    packed = torch.empty((*mask.shape[:-1], (mask.shape[-1] + 7) // 8), dtype=torch.uint8)
+    packed = mask.new_empty((*mask.shape[:-1], (mask.shape[-1] + 7) // 8), dtype=torch.uint8)
     cpu.pack_mask(
         isa, threads, rows.data_ptr(), rows.stride(0), *rows.shape, packed.data_ptr(), packed.shape[-1]
     )
@@ -95,7 +95,7 @@ def _pack_mask_cpu(mask: torch.Tensor) -> torch.Tensor:
 def _unpack_mask_cpu(packed: torch.Tensor, columns: int) -> torch.Tensor:
     cpu, isa, threads = native.cpu_call()
     rows = native.as_rows(packed)
-    mask = torch.empty((*packed.shape[:-1], columns), dtype=torch.bool)
+    mask = packed.new_empty((*packed.shape[:-1], columns), dtype=torch.bool)
     cpu.unpack_mask(
         isa, threads, rows.data_ptr(), rows.stride(0), rows.shape[0], columns, mask.data_ptr(), mask.shape[-1]
     )
@@ -105,7 +105,7 @@ def _unpack_mask_cpu(packed: torch.Tensor, columns: int) -> torch.Tensor:
 def _unpack_mask_cuda(packed: torch.Tensor, columns: int) -> torch.Tensor:
     cuda, stream = native.cuda_call(packed.device)
     rows = native.as_rows(packed).contiguous()
-    mask = torch.empty((*packed.shape[:-1], columns), dtype=torch.bool, device=packed.device)
+    mask = packed.new_empty((*packed.shape[:-1], columns), dtype=torch.bool)
     with native.on_device(packed.device):
         cuda.unpack_mask(rows.data_ptr(), rows.shape[0], columns, mask.data_ptr(), stream)
     return mask

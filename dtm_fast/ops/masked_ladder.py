@@ -45,7 +45,7 @@ def masked_ladder_cpu(
         mask = mask.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     levels, (columns, depth) = len(mask), weight.shape
-    y = torch.empty((levels, *x.shape[:-1], columns), dtype=x.dtype)
+    y = x.new_empty((levels, *x.shape[:-1], columns))
     cpu.masked_ladder(
         isa,
         threads,

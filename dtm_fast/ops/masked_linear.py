@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dtm_fast.ops import backends, checks, native
 from dtm_fast.ops.autocast import without_autocast
-from dtm_fast.ops.library import is_recorded, register
+from dtm_fast.ops.library import is_differentiated, is_recorded, register
 from dtm_fast.ops.mask_bits import check_packed, unpack_mask_reference
 from dtm_fast.ops.masked_ladder import check_nested, masked_ladder_cpu, masked_ladder_reference
 from dtm_fast.ops.masked_linear_backward import backward, setup_context
@@ -61,7 +61,9 @@ def masked_linear(
     Source: panels packed for the cache as in Goto & van de Geijn 2008, the mask applied while packing; float32 in
     bfloat16 as in Henry, Tang, Heinecke 2019.
     """
-    if is_recorded():
+    if backend != "reference":
+        checks.no_tangent("masked_linear", x, weight, bias)
+    if is_recorded(x, weight, mask) and not is_differentiated():
         return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend, nested))
     # The backward of the reference twin is what torch derives from it.
     if backend != "reference" and checks.gradient_needed(x, weight, bias):
@@ -92,7 +94,7 @@ def _masked_linear_cpu(
         masks = masks.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     columns, depth = weight.shape
-    y = torch.empty((*mask.shape[:-2], *x.shape[:-1], columns), dtype=x.dtype)
+    y = x.new_empty((*mask.shape[:-2], *x.shape[:-1], columns))
     cpu.masked_linear(
         isa,
         threads,
@@ -129,7 +131,7 @@ def masked_linear_cuda(
         masks = masks.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     columns, depth = weight.shape
-    y = torch.empty((*mask.shape[:-2], *x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    y = x.new_empty((*mask.shape[:-2], *x.shape[:-1], columns))
     with native.on_device(x.device):
         cuda.masked_linear(
             native.CUDA_KERNELS.index(kernel),

@@ -132,6 +132,8 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """[..., K] as [rows, K] with contiguous columns and any row stride, as kernels read it."""
+    if x.data_ptr() == 0 and x.numel() > 0:
+        raise TypeError(f"expected tensors with data, got a {type(x).__name__} on {x.device} that has none")
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 

@@ -29,8 +29,8 @@ def quantize_int8(weight: torch.Tensor, *, backend: str | None = None) -> tuple[
 
     Source: Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 3.
     """
-    if is_recorded():
-        qweight, scale = _OPERATOR(weight, backend)
+    if is_recorded(weight):
+        qweight, scale = _OPERATOR(weight.detach() if isinstance(weight, torch.Tensor) else weight, backend)
         return qweight, scale
     return _run(weight, backend)
 
@@ -55,8 +55,8 @@ def quantize_rows_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def _quantize_rows_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cpu, isa, threads = native.cpu_call()
     rows = native.as_rows(x.float() if x.dtype == torch.float16 else x)
-    q = torch.empty(x.shape, dtype=torch.int8)
-    scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     cpu.quantize_int8(
         isa,
         threads,
@@ -73,8 +73,8 @@ def _quantize_rows_cpu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _quantize_rows_cuda(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cuda, stream = native.cuda_call(x.device)
     rows = native.as_separate_rows(x.float() if x.dtype == torch.float16 else x)
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(x.shape[:-1], device=x.device)
+    q = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     with native.on_device(x.device):
         cuda.quantize_int8(
             native.FLOAT_TYPES[rows.dtype],

@@ -52,7 +52,7 @@ def packed_sparse_linear(
     backend: str | None = None,
 ) -> torch.Tensor:
     """As sparse_linear, of the tensors of a SparseWeight."""
-    if is_recorded():
+    if is_recorded(x, values):
         checks.no_gradient_needed("sparse_linear", x, values, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, values, columns, rows, steps, N, K, bias, backend))
     return _run(x, values, columns, rows, steps, N, K, bias, backend)
@@ -94,7 +94,7 @@ def _sparse_linear_cpu(
     cpu, isa, threads = native.cpu_call()
     x_rows = native.as_rows(x)
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
+    y = x.new_empty((*x.shape[:-1], N))
     cpu.sparse_linear(
         isa,
         threads,

@@ -159,12 +159,12 @@ def _pack_cpu(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, .
     cpu, _, threads = native.cpu_call()
     (N, K), cut = weight.shape, layout(*weight.shape)  # noqa: N806
     weight, mask = native.as_rows(weight), native.as_rows(mask)
-    rows = torch.empty((cut.panels, cut.blocks, cut.rows), dtype=torch.int16)
-    steps = torch.empty((cut.panels, cut.blocks, cut.groups), dtype=torch.uint8)
+    rows = mask.new_empty((cut.panels, cut.blocks, cut.rows), dtype=torch.int16)
+    steps = mask.new_empty((cut.panels, cut.blocks, cut.groups), dtype=torch.uint8)
     order = (mask.data_ptr(), mask.stride(0), N, K, rows.data_ptr(), steps.data_ptr())
     cpu.sparse_order(threads, *order)
-    values = torch.empty((int(steps.sum()), LANES))
-    columns = torch.empty((int(_words(steps).sum()), LANES, WORD), dtype=torch.uint8)
+    values = mask.new_empty((int(steps.sum()), LANES), dtype=torch.float32)
+    columns = mask.new_empty((int(_words(steps).sum()), LANES, WORD), dtype=torch.uint8)
     cpu.sparse_pack(
         threads,
         native.FLOAT_TYPES[weight.dtype],

@@ -112,12 +112,12 @@ def token_divergence(
     """
     if certificate is not None:
         certified = _certified
-        if torch.compiler.is_compiling():
-            # The stages depend on the data: a graph ends here. As a decorator this would import torch._dynamo, which
-            # takes a second, where nothing is compiled.
+        if torch.compiler.is_compiling():  # what is computed depends on values
+            # A graph ends here. As a decorator this would import torch._dynamo, which takes a second, where nothing is
+            # compiled.
             certified = torch.compiler.disable(_certified)
         return certified(hidden, lm_head, reference, certificate, backend)
-    if is_recorded():
+    if is_recorded(hidden, lm_head, reference):
         checks.no_gradient_needed(
             "token_divergence", hidden, lm_head
         )  # the operator has none for any backend
@@ -145,8 +145,8 @@ def _mismatch_and_nll_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     cpu, isa, threads = native.cpu_call()
     hidden, lm_head, reference = native.as_rows(hidden), native.as_rows(lm_head), reference.contiguous()
-    mismatch = torch.empty(reference.shape, dtype=torch.bool)
-    nll = torch.empty(reference.shape, dtype=torch.float32)
+    mismatch = reference.new_empty(reference.shape, dtype=torch.bool)
+    nll = reference.new_empty(reference.shape, dtype=torch.float32)
     cpu.token_divergence(
         isa,
         threads,
@@ -173,14 +173,14 @@ def mismatch_and_nll_cuda(
     reference = reference.contiguous()
     rows = reference.shape[0]
     mismatch = torch.empty(rows, dtype=torch.bool, device=hidden.device)
-    nll = torch.empty(rows, device=hidden.device)
+    nll = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:
         return mismatch, nll
     tiles = -(-lm_head.shape[0] // _VOCABULARY_TILE)
     # A whole number of the kernels' tiles of rows, so that the parts cost no more than the whole.
     most = min(rows, max(1, _SUMMARIES // (tiles * _ROW_TILE)) * _ROW_TILE)
-    summaries = torch.empty((tiles, most, 3), device=hidden.device)
-    own_logit = torch.empty(most, device=hidden.device)
+    summaries = torch.empty((tiles, most, 3), dtype=torch.float32, device=hidden.device)
+    own_logit = torch.empty(most, dtype=torch.float32, device=hidden.device)
     with native.on_device(hidden.device):
         for start in range(0, rows, most):
             part = slice(start, start + most)
