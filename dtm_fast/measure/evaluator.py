@@ -26,7 +26,7 @@ from dtm_fast.measure.measurement import Measurement
 from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.part_layers import PartHead
 from dtm_fast.measure.probes import Probes
-from dtm_fast.measure.racing import By, Contest, Dropped, Race, name_of, place, standing
+from dtm_fast.measure.racing import By, Contest, Dropped, Race, name_of, one_each, place, standing
 from dtm_fast.measure.reference import checked_metrics, describe, several
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.measure.whole_head import WholeHead
@@ -61,6 +61,7 @@ class Evaluator:
     Raises:
         ModelError: the model is in train mode, its layers cannot be run one by one, or not as ``layers`` asks, or the
             calibration is of another model.
+        ValueError: an unknown ``layers``.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Evaluator:
         calibration: Calibration | None = None,
     ) -> None:
         """Reads the probes once with the base and keeps its states."""
+        if layers not in get_args(Engine):
+            raise ValueError(f"layers must be one of {', '.join(get_args(Engine))}, not {layers!r}")
         check_eval_mode(model)
         self.model = model
         self.probes = probes
@@ -272,12 +275,13 @@ class Evaluator:
         Args:
             configurations: candidates; equal ones count once. By ``"fdt75+mean"`` they are read in this order, and
                 least is read if the most promising come first.
-            k: how many are wanted, at least 1.
+            k: how many are wanted, a whole number of at least 1.
             by: what decides; FDT_75 alone is N for all that harm few probes.
             error: the probability with which one of the best may be dropped because too few of its probes, taken at
                 random, are good.
             known: what earlier races on these probes found of some of the configurations: who was measured is not
-                measured again, and who was dropped is read only where the old bound does not suffice.
+                measured again, and who was dropped is read only where the old bound does not suffice; of equal
+                configurations one counts, and a measurement before a bound.
             on_finished: called with each other configuration's result before the next is read.
 
         Raises:
@@ -285,8 +289,10 @@ class Evaluator:
                 without which nothing is saved.
             ComponentError, TreatmentError, MeasurementError: as ``iterate``.
         """
-        if k < 1 or not 0 <= error < 1:
-            raise ValueError(f"k must be at least 1 and error in [0, 1), not {k} and {error}")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k must be a whole number of at least 1, not {k!r}")
+        if not 0 <= error < 1:
+            raise ValueError(f"error must be in [0, 1), not {error!r}")
         if by not in get_args(By):
             raise ValueError(f"a race is decided by {' or '.join(get_args(By))}, not by {by!r}")
         if self._first is None:
@@ -294,7 +300,7 @@ class Evaluator:
         candidates = {name_of(each): each for each in several(configurations)}
         for configuration in candidates.values():
             check_configuration(self.decoder, configuration)
-        known = [each for each in known if name_of(each.configuration) in candidates]
+        known = [each for each in one_each(known) if name_of(each.configuration) in candidates]
         contest = Contest(k, self.probes.margins, error, known, by)
         measured = [each for each in known if isinstance(each, Measurement)]
         for each in measured:
@@ -363,7 +369,8 @@ class Evaluator:
         if base:
             for _, result in self._complete.results([{}], metrics):
                 if contest is not None and not isinstance(result, MeasurementError):
-                    contest.take({}, torch.full((len(self.probes),), self.probes.completion))
+                    # It is N only where the probes were written as the model reads here, and a race is won by proof.
+                    contest.take({}, _measurement({}, self.probes.completion, result, 0.0).fdt)
                 yield base, result
         others = [index for index, configuration in enumerate(configurations) if configuration]
         for indices, rest in self._first.results([configurations[i] for i in others], contest):

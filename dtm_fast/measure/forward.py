@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,18 +77,27 @@ def negative_log_likelihood(logits: Tensor, reference: Tensor) -> Tensor:
 def kl_divergence(base: Tensor, other: Tensor) -> Tensor:
     """KL(softmax(base) ‖ softmax(other)) per position, in nats, computed in float32; [b, N].
 
+    A token of no probability under the base counts 0, whatever the other model gives it.
+
     Args:
         base: logits of the base model [b, N, V].
         other: logits of the compressed model [b, N, V].
     """
 
-    def of_rows(base: Tensor, other: Tensor) -> Tensor:
+    def of_rows(base: Tensor, other: Tensor, masked: bool = False) -> Tensor:
         base, other = base.float(), other.float()
         partition = base.logsumexp(dim=1)
-        expected: Tensor = torch.linalg.vecdot((base - partition[:, None]).exp(), base - other)
+        probability, difference = (base - partition[:, None]).exp(), base - other
+        if masked:
+            difference = torch.where(probability > 0, difference, 0)
+        expected: Tensor = torch.linalg.vecdot(probability, difference)
         return expected - (partition - other.logsumexp(dim=1))
 
-    return _few_at_a_time(of_rows, base, other)
+    found = _few_at_a_time(of_rows, base, other)
+    # Only a logit of minus infinity makes a term NaN; to look at every term takes three times as long.
+    if bool(found.isnan().any()):
+        found = _few_at_a_time(partial(of_rows, masked=True), base, other)
+    return found
 
 
 def _few_at_a_time(of_rows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -221,7 +221,9 @@ class FusedLayers:
         rooms = list(rooms)
         size = 4 * self.count * self.positions * (sum(self.shape.widths.values()) - self.shape.hidden)
         x = self._model_layers.entering(0)[:, : self.positions].float().contiguous()
-        left = None if memory is None else memory - (self.depth + 1) * x.nbytes
+        # Beside those of every layer, the store has the model's own first and last state, but for a configuration.
+        others = self._store.in_memory + (self.depth + 1) * x.nbytes
+        left = None if memory is None else memory - others
         kept = self.depth if left is None else min(self.depth, max(0, left) // size)
         kv = self.new_kv(self.count)
         for layer in range(self.depth):

@@ -94,7 +94,7 @@ class Head:
         index = (
             torch.as_tensor(list(rows), device=hidden.device)[:, None] * self._reference.shape[1] + columns
         )
-        errors = torch.tensor(error, device=hidden.device).expand(R * C)
+        errors = torch.tensor(error, dtype=torch.float32, device=hidden.device).expand(R * C)
         found = self._decide(hidden.reshape(R * C, -1), index.flatten(), errors, C if until_mismatch else 1)
         return Decisions(*(each.view(R, C) for each in (found.mismatch, found.certain, found.lead)))
 
@@ -116,7 +116,8 @@ class Head:
             MeasurementError: hidden is not finite.
         """
         index = torch.tensor(rows) * self._reference.shape[1] + torch.tensor(positions)
-        found = self._decide(hidden, index.to(hidden.device), torch.tensor(errors, device=hidden.device), 1)
+        error = torch.tensor(errors, dtype=torch.float32, device=hidden.device)
+        found = self._decide(hidden, index.to(hidden.device), error, 1)
         return Decisions(found.mismatch, found.certain, found.lead)
 
     def _decide(self, hidden: Tensor, index: Tensor, error: Tensor, run: int) -> "_Rows":

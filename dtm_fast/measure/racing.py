@@ -82,6 +82,17 @@ def name_of(configuration: Configuration) -> Name:
     return tuple(sorted((path, treatment.key) for path, treatment in configuration.items()))
 
 
+def one_each(known: "Iterable[Measurement | Dropped]") -> "list[Measurement | Dropped]":
+    """The same with each configuration once: its first measurement, or else its last bound, if possible proved."""
+    found: dict[Name, Measurement | Dropped] = {}
+    for each in known:
+        before = found.setdefault(name_of(each.configuration), each)
+        says_less = isinstance(each, Dropped) and not each.proved
+        if isinstance(before, Dropped) and not says_less:
+            found[name_of(each.configuration)] = each
+    return list(found.values())
+
+
 def fdt75(fdt: Tensor) -> float:
     """The 75th percentile of FDT [P], as ``Summary.p75``."""
     return float(np.percentile(fdt.double().numpy(), 75))

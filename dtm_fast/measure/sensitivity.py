@@ -65,14 +65,15 @@ def gradient_sensitivity(
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        for row in probes.tokens.to(model.device):
-            kept = len(row) - n + 1
-            logits = model(row[None], use_cache=False, logits_to_keep=kept).logits[0, -kept:-1]
-            loss = torch.nn.functional.cross_entropy(logits.float(), row[n:], reduction="sum")
-            gradients = torch.autograd.grad(loss, weights)
-            for (path, component), gradient in zip(components.items(), gradients, strict=True):
-                own = gradient.t() if component.transposed else gradient
-                harm[path] += float((own.float() * changes[path]).square().sum())
+        with torch.enable_grad():  # whatever the caller has switched off
+            for row in probes.tokens.to(model.device):
+                kept = len(row) - n + 1
+                logits = model(row[None], use_cache=False, logits_to_keep=kept).logits[0, -kept:-1]
+                loss = torch.nn.functional.cross_entropy(logits.float(), row[n:], reduction="sum")
+                gradients = torch.autograd.grad(loss, weights)
+                for (path, component), gradient in zip(components.items(), gradients, strict=True):
+                    own = gradient.t() if component.transposed else gradient
+                    harm[path] += float((own.float() * changes[path]).square().sum())
     finally:
         for weight, was in zip(weights, trained, strict=True):
             weight.requires_grad_(was)

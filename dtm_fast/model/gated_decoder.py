@@ -53,7 +53,10 @@ class LayerParts:
 
 
 def parts_of(call: LayerCall, most_head_dim: int) -> LayerParts | str:
-    """The parts of the layer that ``call`` calls, or in a few words why it is no such layer."""
+    """The parts of the layer that ``call`` calls, or in a few words why it is no such layer.
+
+    Every position sees all before it: a layer with a sliding window that is shorter than the text is none.
+    """
     layer: Any = call.layer
     kind = type(layer).__name__
     if kind not in _KNOWN:
@@ -64,6 +67,9 @@ def parts_of(call: LayerCall, most_head_dim: int) -> LayerParts | str:
     if not isinstance(positions, tuple) or len(positions) != 2:
         return f"{kind} is not handed its rotary positions"
     cosine, sine = (each[0].float().contiguous() for each in positions)
+    window = _window_of(attention)
+    if window is not None and window < len(cosine):
+        return f"{kind} has a sliding window of {window}, and the text has {len(cosine)} positions"
     if type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__ not in _ACTIVATIONS:
         return f"{kind} has another activation than SiLU"
     if cosine.shape[-1] != attention.head_dim or attention.head_dim > most_head_dim:
@@ -103,6 +109,13 @@ def parts_of(call: LayerCall, most_head_dim: int) -> LayerParts | str:
     if any(type(module) is not nn.Linear for _, module in parts.projections):
         return f"{kind} has projections that are not plain Linear modules"
     return parts
+
+
+def _window_of(attention: Any) -> int | None:
+    """How many positions, itself among them, a position sees at most; None without a bound."""
+    # Where layers differ (layer_types), each attention says it of itself; elsewhere the configuration does of all.
+    own = attention if hasattr(attention, "sliding_window") else attention.config
+    return getattr(own, "sliding_window", None)
 
 
 def _vector(weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from measurements import Ruin, assert_same, some
+from rounding import assert_within_rounding, rounding_of
 
 import dtm_fast as dtm
 from dtm_fast.errors import MeasurementError, ModelError
@@ -57,20 +58,16 @@ def test_it_gives_what_the_reference_gives(name, make_probes, draw_configuration
 
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_bfloat16_what_differs_from_the_reference_is_within_the_floor(
+def test_in_bfloat16_what_differs_from_the_reference_is_rounding(
     name, make_probes, draw_configuration, shares
 ):
     model = tiny.model_of(name).bfloat16()
     probes = make_probes(model, 6)
     configurations = [{}, *some(dtm.components(model), draw_configuration, 25)]
     evaluator = evaluator_of(model, probes, shares)
-    floor = max(evaluator.floor.margin, 2**-4)  # logits are between 8 and 16: a step of bfloat16
     found = evaluator.measure(configurations, ())
     expected = dtm.ReferenceEvaluator(model, probes).measure(configurations)
-    for ours, other in zip(found, expected, strict=True):
-        differs = ours.fdt != other.fdt
-        earlier = torch.where(ours.fdt < other.fdt, ours.first_margin, other.first_margin)
-        assert bool((earlier[differs] <= floor).all())
+    assert_within_rounding(found, expected, rounding_of(model, probes))
 
 
 def test_other_metrics_have_the_bits_of_the_reference(llama, make_probes, draw_configuration):

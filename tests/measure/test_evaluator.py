@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from measurements import Ruin, assert_same, needs_kernels, some
+from rounding import assert_within_rounding, rounding_of
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import dtm_fast as dtm
@@ -85,9 +86,7 @@ def test_all_metrics_are_those_of_the_reference(name, make_probes, draw_configur
 
 @needs_kernels
 @pytest.mark.parametrize("name", FUSED)
-def test_in_bfloat16_what_differs_from_the_reference_is_within_the_floor(
-    name, make_probes, draw_configuration
-):
+def test_in_bfloat16_what_differs_from_the_reference_is_rounding(name, make_probes, draw_configuration):
     if not has_arithmetic(Arithmetic.BFLOAT16):
         pytest.skip("the instruction set in use has no kernel for layers in bfloat16")
     model = tiny.model_of(name).to(torch.bfloat16)
@@ -95,10 +94,7 @@ def test_in_bfloat16_what_differs_from_the_reference_is_within_the_floor(
     evaluator = dtm.Evaluator(model, probes, layers="fused")
     configurations = [{}, *some(dtm.components(model), draw_configuration, 25)]
     expected = dtm.ReferenceEvaluator(model, probes).measure(configurations)
-    for ours, other in zip(evaluator.measure(configurations, ()), expected, strict=True):
-        differs = ours.fdt != other.fdt
-        earlier = torch.where(ours.fdt < other.fdt, ours.first_margin, other.first_margin)
-        assert bool((earlier[differs] <= evaluator.floor.margin).all())
+    assert_within_rounding(evaluator.measure(configurations, ()), expected, rounding_of(model, probes))
 
 
 def test_the_base_never_diverges(evaluator):
@@ -170,6 +166,29 @@ def test_less_memory_changes_no_answer(llama, make_probes, draw_configuration, m
     found = dtm.Evaluator(llama, probes, layers="fused", memory=memory).measure(configurations, ())
     expected = dtm.ReferenceEvaluator(llama, probes).measure(configurations)
     assert [m.fdt.tolist() for m in found] == [m.fdt.tolist() for m in expected]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_states_of_the_base_take_no_more_than_they_may(llama, make_probes, dtype):
+    if dtype == torch.bfloat16 and not has_arithmetic(Arithmetic.BFLOAT16):
+        pytest.skip("the instruction set in use has no kernel for layers in bfloat16")
+    model = llama.to(dtype)
+    probes = make_probes(model, 6)
+    whole = dtm.Evaluator(model, probes, layers="fused", memory=10**9)
+    kept = set()
+    for memory in range(0, in_memory(whole) + 2_000, 1_000):
+        evaluator = dtm.Evaluator(model, probes, layers="fused", memory=memory)
+        assert in_memory(evaluator) <= memory
+        kept.add(len(evaluator._layers._inner))
+    assert kept == set(range(tiny.LAYERS + 1))
+
+
+def in_memory(evaluator: dtm.Evaluator) -> int:
+    """Bytes that the base's states take, between the layers and within them."""
+    inner = [vars(states).values() for states in evaluator._layers._inner.values()]
+    within = sum(each.nbytes for states in inner for each in states if each is not None)
+    return evaluator._model_layers._store.in_memory + within
 
 
 def test_a_treatment_of_the_input_is_left_to_transformers(evaluator):
@@ -247,6 +266,13 @@ def test_it_says_why_layers_are_not_fused(make_probes):
     assert reason in dtm.Evaluator(model, probes).engine
     with pytest.raises(ModelError, match=reason):
         dtm.Evaluator(model, probes, layers="fused")
+
+
+@pytest.mark.parametrize("layers", ["tourch", "Transformers", None])
+def test_layers_of_another_name_are_refused(llama, make_probes, layers):
+    names = "auto, fused, torch, differences, transformers"
+    with pytest.raises(ValueError, match=f"^layers must be one of {names}, not {layers!r}$"):
+        dtm.Evaluator(llama, make_probes(llama, 1), layers=layers)
 
 
 def test_a_model_in_float16_is_measured_by_its_own_layers(llama, make_probes, draw_configuration):
@@ -329,10 +355,20 @@ def test_of_equals_only_the_lowest_names_are_read(llama, make_probes):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("k", "error"), [(0, 0.0), (1, -0.1), (1, 1.0)])
-def test_a_race_that_cannot_be_meant_is_refused(llama, make_probes, k, error):
+@pytest.mark.parametrize(
+    ("k", "error", "line"),
+    [
+        (0, 0.0, "k must be a whole number of at least 1, not 0"),
+        (2.5, 0.0, r"k must be a whole number of at least 1, not 2\.5"),
+        (True, 0.0, "k must be a whole number of at least 1, not True"),
+        ("3", 0.0, "k must be a whole number of at least 1, not '3'"),
+        (1, -0.1, r"error must be in \[0, 1\), not -0\.1"),
+        (1, 1.0, r"error must be in \[0, 1\), not 1\.0"),
+    ],
+)
+def test_a_race_that_cannot_be_meant_is_refused(llama, make_probes, k, error, line):
     evaluator = dtm.Evaluator(llama, make_probes(llama, 2), layers="fused")
-    with pytest.raises(ValueError, match="k must be at least 1"):
+    with pytest.raises(ValueError, match=f"^{line}$"):
         evaluator.best([{}], k, error=error)
 
 

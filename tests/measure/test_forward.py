@@ -114,3 +114,20 @@ def test_kl_divergence_against_the_formula():
 
 def test_kl_divergence_of_a_model_from_itself_is_zero():
     assert not kl_divergence(LOGITS, LOGITS).any()
+    never = LOGITS.clone()
+    never[..., 4], never[0, 2, 7] = -torch.inf, -torch.inf
+    assert not kl_divergence(never, never).any()
+
+
+def test_kl_divergence_of_tokens_that_are_never_chosen():
+    base, other, unmasked = LOGITS.clone(), OTHER.clone(), OTHER.clone()
+    base[..., 4] = other[..., 4] = -torch.inf
+    found = kl_divergence(base, other)
+    rest = [token for token in range(11) if token != 4]
+    torch.testing.assert_close(found, kl_divergence(LOGITS[..., rest], OTHER[..., rest]))
+    # The other gives the token some of its mass, or it alone never chooses a token.
+    for i, j in each_position():
+        p, q = softmax(LOGITS[i, j, rest].tolist()), softmax(unmasked[i, j].tolist())
+        expected = math.fsum(a * math.log(a / q[token]) for a, token in zip(p, rest, strict=True))
+        assert float(kl_divergence(base, unmasked)[i, j]) == pytest.approx(expected, rel=1e-4)
+    assert bool((kl_divergence(LOGITS, other) == torch.inf).all())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import dtm_fast as dtm
 from dtm_fast.measure import Measurement
 from dtm_fast.measure.first_divergence import FirstDivergence
-from dtm_fast.measure.racing import Contest, Dropped, fdt75, name_of, standing
+from dtm_fast.measure.racing import Contest, Dropped, fdt75, name_of, one_each, standing
 from dtm_fast.measure.statistics import summarize
 
 pytestmark = pytest.mark.once
@@ -147,6 +147,22 @@ def test_who_is_known_is_in_the_contest():
     lost = [contest.why_lost(named(name), FirstDivergence.unknown(4, N)) for name in "bcd"]
     assert lost[0].to_json() == low.to_json() | {"highest_mean": N}
     assert lost[1:] == [None, None]
+
+
+def test_of_what_is_known_of_one_a_measurement_counts_before_bounds_and_proofs_before_guesses():
+    def measured(fdt):
+        return Measurement.of_first(named("a"), N, torch.full((4,), fdt), torch.zeros(4), 0.1)
+
+    def dropped(highest, proved):
+        return Dropped(named("a"), highest, torch.zeros(4, dtype=torch.int64), proved)
+
+    first, second = measured(15), measured(15)
+    loose, tight, guess = dropped(12.0, True), dropped(11.0, True), dropped(3.0, False)
+    other = Dropped(named("b"), 9.0, torch.zeros(4, dtype=torch.int64), False)
+    assert one_each([first, other, second]) == [first, other]
+    assert one_each([tight, first, loose]) == [first]
+    assert one_each([guess, loose, tight, guess]) == [tight]
+    assert one_each([guess]) == [guess]
 
 
 @pytest.mark.parametrize("kept_mean", [14.0, None])  # a row of an earlier version has none
