@@ -7,7 +7,7 @@ import pytest
 
 import dtm_fast as dtm
 from dtm_fast.cli import setting
-from dtm_fast.errors import TrainingError
+from dtm_fast.errors import InputError, TrainingError
 from dtm_fast.plan import Plan, reached_by, recovered_rounds
 from dtm_fast.runs import RunDirectory
 
@@ -33,6 +33,16 @@ def test_pruning_rounds(search, tmp_path):
     assert all(0 < each.sparsity <= 1 for each in plan.configuration.values())
     assert (tmp_path / "run" / "report.html").exists()
     assert "Plan: pruning rounds" in ended.out
+
+
+def test_without_what_a_report_needs_the_plan_is_there_and_told(search, monkeypatch):
+    def missing(directory):
+        raise InputError("a report needs: pip install 'dtm-fast[report]'")
+
+    monkeypatch.setattr("dtm_fast.cli.searches.write_report_of", missing)
+    ended, plan = search("prune", "--steps", "10", "--json")
+    assert (ended.code, json.loads(ended.out)["plan"]) == (0, plan.to_json())
+    assert "no report: a report needs: pip install 'dtm-fast[report]'" in " ".join(ended.err.split())
 
 
 def test_a_beam_of_fused_units(search):

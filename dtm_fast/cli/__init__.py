@@ -1,5 +1,6 @@
 """The command line: ``dtm-fast COMMAND``, one for each search, for checkpoints and for reports."""
 
+import io
 import json
 import os
 import sys
@@ -93,6 +94,10 @@ def main() -> None:
     os.environ.update(
         TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a terminal that has no arrows gets to read the rest
     warnings.showwarning = lambda message, *_, **__: console.show_note(f"warning: {message}")
     try:
         app()

@@ -91,11 +91,11 @@ def export(
 ) -> None:
     """Writes a plan as a Hugging Face folder that transformers, vLLM and this package load."""
     made = Plan.read(plan)
+    check_free(folder)
     loaded, tokenizer = load_model(model, dtype_of(dtype))
     calibrated = None
     if any(treatment.needs_inputs for treatment in made.configuration.values()):
         calibrated = Calibration.from_text(loaded, tokenizer, read_documents(calibration))
-    check_free(folder)
     if llama_quantize is not None:
         export_llama_quantize(made, Decoder.of(loaded, calibrated), llama_quantize)
     said = export_checkpoint(loaded, tokenizer, made, folder, calibration=calibrated, for_vllm=for_vllm)

@@ -306,13 +306,17 @@ def add_to(app: typer.Typer) -> None:
 def _finish(running: Session, setting: Setting, found: Plan, as_json: bool) -> None:
     """Writes plan.json and the report, and says what was found."""
     running.directory.write_json("plan.json", found.to_json())
-    written = write_report_of(running.directory)
     if as_json:
         print_json({"run": str(setting.run), "floor": asdict(running.floor), "plan": found.to_json()})
-        return
-    console.out.print(console.plan_table(found))
-    console.show_floor(running.floor)
-    for path in (setting.run / "plan.json", *written):
+    else:
+        console.out.print(console.plan_table(found))
+        console.show_floor(running.floor)
+    written = [setting.run / "plan.json"]
+    try:
+        written += write_report_of(running.directory)
+    except InputError as error:  # such as without the libraries of the report; the search has succeeded
+        console.show_note(f"no report: {error}")
+    for path in () if as_json else written:
         console.show_written(path)
 
 

@@ -8,6 +8,7 @@ from dtm_fast.report.stored import entries, finite, reading, values_in, whole
 from dtm_fast.runs import RunDirectory
 
 FILE = "losses.json"
+_CHECKPOINT = re.compile(r"checkpoint-\d+|\.unfinished-.*")
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,10 @@ def read_trainings(directory: RunDirectory) -> list[Training]:
     Raises:
         RunError: a losses.json is not what it should be.
     """
-    folders = sorted(
-        (path.parent.relative_to(directory.path).as_posix() for path in directory.path.glob(f"*/**/{FILE}")),
-        key=_natural,
-    )
-    return [_training(directory, folder) for folder in folders]
+    folders = (path.parent.relative_to(directory.path) for path in directory.path.glob(f"*/**/{FILE}"))
+    # A training that is not finished keeps its losses with what it goes on from.
+    finished = [each.as_posix() for each in folders if not any(map(_CHECKPOINT.fullmatch, each.parts))]
+    return [_training(directory, folder) for folder in sorted(finished, key=_natural)]
 
 
 def _training(directory: RunDirectory, folder: str) -> Training:

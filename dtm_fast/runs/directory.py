@@ -96,7 +96,9 @@ class RunDirectory:
 
     def write_text(self, name: str, content: str) -> Path:
         """Writes the file ``name`` whole or not at all, and returns its path."""
-        return self.write_bytes(name, content.encode())
+        return self.write_bytes(
+            name, content.encode(errors="backslashreplace")
+        )  # names of files may be no text
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Writes the file ``name`` whole or not at all, and returns its path."""

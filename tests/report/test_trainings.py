@@ -27,6 +27,15 @@ def test_what_is_read(partial: RunDirectory) -> None:
     ]
 
 
+@pytest.mark.parametrize("folder", ["checkpoint-5150", ".unfinished-x"])
+def test_a_training_that_goes_on_is_none_yet(folder: str, partial: RunDirectory) -> None:
+    write_losses(partial, "round-1", 1, [4.0, 3.5])
+    unfinished = partial.path / "round-2" / "recovery" / folder
+    unfinished.mkdir(parents=True)
+    (unfinished / "losses.json").write_text("[4.0, 3.5]")
+    assert read_content(partial).trainings == [Training("round-1", 1, [4, 3.5])]
+
+
 def test_both_parts_are_told_apart(partial: RunDirectory) -> None:
     write_losses(partial, "round-1", 3, [5.0, 4.0, 4.25, 3.5, 3.75])
     found = page(read_content(partial))

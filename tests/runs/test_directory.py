@@ -33,6 +33,11 @@ def test_a_new_directory_is_made_with_its_parents(tmp_path):
     assert (tmp_path / "a" / "b" / "journal.sqlite").is_file()
 
 
+def test_a_name_that_is_no_text_is_written_as_python_writes_it(run):
+    with RunDirectory.resume(run, IDENTITY) as directory:
+        assert directory.write_text("report.html", "run odd\udcff ←").read_text() == "run odd\\udcff ←"
+
+
 def test_a_run_is_resumed_with_what_it_has(run):
     assert_still_there(run)
 
