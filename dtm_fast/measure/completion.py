@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtm_fast.errors import MeasurementError
+from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure.forward import choice, logits_before
 
 if TYPE_CHECKING:
@@ -37,7 +37,12 @@ def _written_behind(model: PreTrainedModel, tokens: Tensor, agreed: Tensor) -> T
         output = model(
             input_ids=step.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        cache, chosen = output.past_key_values, choice(output.logits[:, -1:]).to(tokens.device)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            raise ModelError(
+                f"{type(model).__name__} has no key-value cache, which writing a completion needs"
+            )
+        chosen = choice(output.logits[:, -1:]).to(tokens.device)
         step = torch.where((agreed > position)[:, None], tokens[:, position : position + 1], chosen)
         tokens[:, position : position + 1] = step
     return tokens
@@ -60,6 +65,7 @@ def teacher_forced_greedy(model: PreTrainedModel, prefixes: Tensor, completion: 
         int64 [b, n + completion], and how many tokens the full pass corrected.
 
     Raises:
+        ModelError: if the model has no key-value cache.
         MeasurementError: if the model's choices do not settle (its forward pass is not deterministic).
     """
     n = prefixes.shape[1]

@@ -25,7 +25,7 @@ from dtm_fast.model import check_eval_mode, check_vocabulary, model_identity, to
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_FORMAT = 1  # raise when the meaning of what is cached changes
+_FORMAT = 2  # raise when the meaning of what is cached changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +89,16 @@ class Probes:
             completion: N, tokens the base adds, at least 1.
             count: the most probes to make.
             batch_size: rows in one forward pass.
-            cache: keep the probes on disk, by model, tokenizer, prefixes, n, N, dtype and batch size, and take
-                them from there the next time.
+            cache: keep the probes on disk and take them from there the next time, by model, tokenizer, prefixes,
+                n, N and what may round otherwise: dtype, device type, batch size, attention implementation, threads,
+                instruction set and torch's version.
             other_than: probes whose prefixes are left out, so that these may judge what those chose.
 
         Raises:
             ProbeError: if a length is not positive or beyond the model's context, the text is shorter than one
                 prefix, or ``other_than`` has prefixes of another length or all that the text has.
-            ModelError: if the model is in train mode, or the tokenizer of another vocabulary.
+            ModelError: if the model is in train mode or has no key-value cache, or the tokenizer is of another
+                vocabulary.
 
         Source: Deiseroth et al. 2023 (papers.md §1.1, §1.3).
         """
@@ -207,6 +209,11 @@ def _cache_file(
         "dtype": str(model.dtype),
         "device": model.device.type,
         "batch_size": batch_size,
+        # With another of these the base may round otherwise, and not choose the tokens that the file holds.
+        "attention": model.config.get_text_config()._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
     }
     return cache_folder() / "probes" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()}.safetensors"
 

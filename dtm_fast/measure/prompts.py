@@ -22,7 +22,7 @@ def read_documents(source: str = DEFAULT_SOURCE, limit: int = 100_000) -> list[s
         limit: the most documents to read.
 
     Raises:
-        ProbeError: if there is nothing to read there.
+        ProbeError: if there is nothing to read there, or text that UTF-8 cannot encode.
     """
     if source == DEFAULT_SOURCE:
         from pydoc_data.topics import topics
@@ -50,11 +50,13 @@ def _from_file(path: Path) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                documents.append(_text_of(json.loads(line)))
+                document = _text_of(json.loads(line))
             except (json.JSONDecodeError, ProbeError):
                 raise ProbeError(
                     f"{path}, line {number}: neither a JSON string nor an object with text, prompt or content"
                 ) from None
+            _check_characters(document, f"{path}, line {number}")
+            documents.append(document)
     return documents
 
 
@@ -71,6 +73,15 @@ def _from_datasets(spec: str, limit: int) -> list[str]:
         raise ProbeError(f"datasets:{spec}: its rows have no text, prompt or content column") from None
     except Exception as error:
         raise ProbeError(f"datasets:{spec}: cannot be loaded: {first_line(error)}") from error
+
+
+def _check_characters(document: str, where: str) -> None:
+    """JSON can write half of a surrogate pair, which no tokenizer reads."""
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:
+        half = ord(document[error.start])
+        raise ProbeError(f"{where}: not UTF-8 text: \\u{half:04x} is half of a surrogate pair") from None
 
 
 def _text_of(row: object) -> str:

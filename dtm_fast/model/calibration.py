@@ -204,7 +204,8 @@ def _save(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         described = {"counts": json.dumps(counts), "owners": json.dumps(owners)}
-        save_file(dict(tensors), unfinished, metadata=described)
+        checksum = _checksum(counts, owners, tensors.__getitem__)
+        save_file(dict(tensors), unfinished, metadata=described | {"checksum": checksum})
         unfinished.replace(file)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
@@ -214,12 +215,24 @@ def _save(
     return True
 
 
+def _checksum(counts: Mapping[str, int], owners: Mapping[str, str], read: Callable[[str], Tensor]) -> str:
+    """``read`` gives a tensor by its name in the file."""
+    digest = hashlib.sha256(json.dumps([counts, owners]).encode())
+    for owner in counts:
+        for name in ("squared_norm", "gram"):
+            digest.update(read(f"{owner}.{name}").contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def _load(file: Path, identity: str) -> dict[str, InputStatistics] | None:
     """The statistics in ``file``, which stays open; None where there is no such file or it is damaged."""
     try:
         stored: Any = safe_open(file, framework="pt")
         described = stored.metadata()
         counts, owners = json.loads(described["counts"]), json.loads(described["owners"])
+        # safetensors notices a file that is cut off, but no byte that is another.
+        if described["checksum"] != _checksum(counts, owners, stored.get_tensor):
+            return None
         return _statistics(counts, owners, identity, stored.get_tensor)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

@@ -100,8 +100,8 @@ class Decoder:
             calibration: of this very model; gives the components their ``inputs``.
 
         Raises:
-            ModelError: if the model has no list of layers, or its layers no weight matrix, or the calibration is of
-                another model.
+            ModelError: if the model has no list of layers, or its layers no weight matrix, or two components the same
+                one, or the calibration is of another model.
         """
         from transformers.pytorch_utils import Conv1D
 
@@ -122,6 +122,14 @@ class Decoder:
             for name, module in layer.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and _has_float_weight(module)
         }
+        owners: dict[int, str] = {}
+        weights = {full: component.module.weight for full, component in components.items()}
+        for full, weight in weights.items():
+            owner = owners.setdefault(id(weight), full)
+            if owner != full:
+                raise ModelError(
+                    f"{type(model).__name__}: {owner} and {full} share one weight, so that neither can be treated alone"
+                )
         # A model whose components are all accelerated, or packed, has none left, but can be measured as it is.
         if not components and not any(
             isinstance(each, (LinearLayer, nn.Linear)) for each in layers.modules()

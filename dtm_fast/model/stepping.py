@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dtm_fast.errors import ModelError
 from dtm_fast.model.decoder import Decoder
@@ -75,11 +76,16 @@ def record_calls(
         The calls, first layer to last.
 
     Raises:
-        ModelError: the layers do not hand on one tensor of hidden states, each to the next, each once.
+        ModelError: the layers do not hand on one tensor of hidden states and no more, each to the next, each once.
     """
     calls: list[LayerCall] = []
     left: list[Tensor] = []
+    handed: list[list[Any]] = []
+    made = WeakTensorKeyDictionary()  # tensor → the layer that returned it; keeps none of them in memory
     name = type(decoder.model).__name__
+
+    def note_handed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handed.append(list(_leaves((args[1:], _without_hidden(kwargs)))))
 
     def note(
         index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -95,13 +101,25 @@ def record_calls(
                 f"{name}: what enters layer {index} is not what left layer {index - 1}, so that its layers cannot be "
                 "run one by one"
             )
-        rest = {key: value for key, value in kwargs.items() if key != _HIDDEN}
+        rest = _without_hidden(kwargs)
+        for each in _leaves((args[1:], rest)):
+            if isinstance(each, Tensor) and each in made:
+                raise ModelError(
+                    f"{name}: layer {index} is handed more of layer {made[each]} than its hidden states, so that its "
+                    "layers cannot be run one by one"
+                )
+        # What a layer only passes on is the same whatever is done to it.
+        given = {id(each) for each in _leaves((args, kwargs))}
+        for each in _leaves(output):
+            if isinstance(each, Tensor) and id(each) not in given:
+                made[each] = index
         more = tuple(output[1:]) if isinstance(output, tuple) else None
         calls.append(LayerCall(layer, args[1:], rest, by_keyword, more))
         on_state(index, hidden)
         left[:] = [_hidden_of(output)]
 
-    handles = [
+    handles = [layer.register_forward_pre_hook(note_handed, with_kwargs=True) for layer in decoder.layers]
+    handles += [
         layer.register_forward_hook(
             lambda layer, args, kwargs, output, index=index: note(index, layer, args, kwargs, output),
             with_kwargs=True,
@@ -115,6 +133,12 @@ def record_calls(
             handle.remove()
     if len(calls) < len(decoder.layers):
         raise ModelError(f"{name}: layer {len(calls)} does not run")
+    for index, (call, before) in enumerate(zip(calls, handed, strict=True)):
+        if list(map(id, _leaves((call.args, call.kwargs)))) != list(map(id, before)):
+            raise ModelError(
+                f"{name}: what layer {index} is handed is written to while the model reads, so that its layers cannot "
+                "be run one by one"
+            )
     on_state(len(calls), left[0])
     return calls
 
@@ -206,6 +230,21 @@ def _replaced(module: Any, forward: Any) -> Iterator[None]:
 
 def _hidden_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _without_hidden(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != _HIDDEN}
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What mappings, lists and tuples hold, however deep."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for each in value:
+        yield from _leaves(each)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -26,6 +26,8 @@ class MaskedLinear(LinearLayer):
     Parameters start as those of torch.nn.Linear, and the mask keeps them all.
     """
 
+    uncast = ("mask",)
+
     weight: torch.Tensor
     mask: torch.Tensor
     bias: nn.Parameter | None

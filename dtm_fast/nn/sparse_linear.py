@@ -19,8 +19,9 @@ class SparseLinear(LinearLayer):
 
     Its state is the packed weight (`values`, `columns`, `rows`, `steps`, as SparseWeight describes them) and
     `bias` [N]. All are buffers: nothing here is trained, and where autograd would need a gradient through the
-    layer, it raises. Casting (`.to(dtype)`, `.half()`) casts the bias only, which must be in the dtype of the
-    input. A state with more or fewer kept entries than the layer has loads as well; it is checked whole.
+    layer, it raises. Casting (`.to(dtype)`, `.half()`, `.type(dtype)`) casts the bias only, which must be in the
+    dtype of the input. A state with more or fewer kept entries than the layer has loads as well; it is checked
+    whole, and a part of a packed weight is refused.
 
     Args:
         in_features: K.
@@ -33,7 +34,7 @@ class SparseLinear(LinearLayer):
     weight are bfloat16, it multiplies by `ops.bitmap_linear`, of the weight packed a second time.
     """
 
-    uncast = ("values",)
+    uncast = _PACKED
 
     values: torch.Tensor
     columns: torch.Tensor
@@ -134,8 +135,20 @@ class SparseLinear(LinearLayer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Takes as many kept entries as the state has, if they are a weight of this shape."""
-        if all(prefix + name in state_dict for name in _PACKED):
+        """Takes as many kept entries as the state has, if they are a weight of this shape and none of it is missing."""
+        missing = [name for name in _PACKED if prefix + name not in state_dict]
+        if 0 < len(missing) < len(_PACKED):
+            together = f"{', '.join(_PACKED[:-1])} and {_PACKED[-1]} come together"
+            names = ", ".join(prefix + name for name in missing)
+            error_msgs.append(f"{names}: missing; {together}")
+            own, others = {prefix + name for name in _PACKED}, list[str]()
+            rest = {key: value for key, value in state_dict.items() if key not in own}
+            super()._load_from_state_dict(
+                rest, prefix, local_metadata, strict, others, unexpected_keys, error_msgs
+            )
+            missing_keys += [key for key in others if key not in state_dict]
+            return
+        if not missing:
             packed: list[torch.Tensor] = [state_dict[prefix + name] for name in _PACKED]
             values, columns, rows, steps = packed
             try:

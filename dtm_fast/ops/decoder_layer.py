@@ -251,7 +251,7 @@ def new_states(shape: LayerShape, sequences: int, positions: int) -> States:
     """
     cpu, _, threads = native.cpu_call()
     sizes = {name: sequences * positions * n for name, n in shape.widths.items() if name != "input"}
-    room = torch.empty(sum(sizes.values()))
+    room = torch.empty(sum(sizes.values()), dtype=torch.float32, device="cpu")
     cpu.populate_large_pages(threads, room.data_ptr(), room.nbytes)
     parts = zip(sizes, room.split(list(sizes.values())), strict=True)
     return States(**{name: part.view(sequences, positions, shape.widths[name]) for name, part in parts})
@@ -310,7 +310,7 @@ def _panels(matrix: Tensor, arithmetic: Arithmetic) -> Tensor:
     cpu, isa, threads = native.cpu_call()
     N, K = matrix.shape  # noqa: N806
     matrix = matrix.detach().float().contiguous()
-    panels = torch.empty(cpu.packed_matrix_size(arithmetic, N, K))
+    panels = torch.empty(cpu.packed_matrix_size(arithmetic, N, K), dtype=torch.float32, device="cpu")
     cpu.pack_matrix(isa, threads, arithmetic, matrix.data_ptr(), N, K, panels.data_ptr())
     return panels
 

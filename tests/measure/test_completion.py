@@ -3,8 +3,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import transformers
 
-from dtm_fast.errors import MeasurementError
+from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure.completion import greedy, teacher_forced_greedy
 
 pytestmark = pytest.mark.once
@@ -89,11 +90,39 @@ def test_every_token_may_be_corrected():
 def test_a_model_that_never_settles_is_an_error():
     def dice(input_ids, logits_to_keep, **_):
         shape = (*input_ids[:, -logits_to_keep:].shape, 50)
-        return SimpleNamespace(logits=torch.rand(shape), past_key_values=None)
+        return SimpleNamespace(logits=torch.rand(shape), past_key_values="cache")
 
     dice.device = torch.device("cpu")
     with pytest.raises(MeasurementError, match="chooses other tokens each time it reads the same text"):
         teacher_forced_greedy(dice, torch.zeros(2, 3, dtype=torch.int64), 6)
+
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3}
+RECURRENT = {
+    "Mamba": transformers.MambaConfig(**SMALL, state_size=4),
+    "Rwkv": transformers.RwkvConfig(**SMALL, attention_hidden_size=32, intermediate_size=64),
+    "RecurrentGemma": transformers.RecurrentGemmaConfig(
+        **SMALL, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, lru_width=32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_model_without_a_key_value_cache_is_refused(name):
+    model = transformers.AutoModelForCausalLM.from_config(RECURRENT[name]).eval()
+    with pytest.raises(ModelError) as error:
+        teacher_forced_greedy(model, prefixes_of(2, 4), 3)
+    assert str(error.value) == f"{name}ForCausalLM has no key-value cache, which writing a completion needs"
+
+
+def test_a_model_that_returns_none_for_its_cache_is_refused():
+    def forgetful(input_ids, logits_to_keep, **_):
+        shape = (*input_ids[:, -logits_to_keep:].shape, 50)
+        return SimpleNamespace(logits=torch.zeros(shape), past_key_values=None)
+
+    forgetful.device = torch.device("cpu")
+    with pytest.raises(ModelError, match="has no key-value cache"):
+        teacher_forced_greedy(forgetful, prefixes_of(2, 4, 50), 3)
 
 
 @pytest.mark.model

@@ -228,6 +228,23 @@ def test_other_models_are_cached_elsewhere(fresh_cache):
     assert len(files(fresh_cache)) == len(models)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, patch: model.set_attn_implementation("eager"),
+        lambda model, patch: patch.setattr(torch, "get_num_threads", lambda: 77),
+        lambda model, patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another"),
+        lambda model, patch: patch.setattr(torch, "__version__", "9.9"),
+    ],
+    ids=["attention", "threads", "instructions", "torch"],
+)
+def test_what_may_round_otherwise_is_cached_elsewhere(llama, fresh_cache, monkeypatch, change):
+    first = cached(llama)
+    change(llama, monkeypatch)
+    assert torch.equal(cached(llama).tokens, first.tokens)
+    assert len(files(fresh_cache)) == 2
+
+
 def test_another_tokenizer_is_cached_elsewhere(llama, fresh_cache):
     cached(llama)
     cached(llama, tokenizer=tiny.tokenizer_of_characters(extra=1))

@@ -50,6 +50,20 @@ def test_a_bad_json_line_is_named_by_its_number(tmp_path, bad):
         read_documents(str(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize("bad", [r'"\ud800"', r'{"text": "a \uDCFF b"}', r'"\udc00\ud800"'])
+def test_half_of_a_surrogate_pair_is_named_by_its_line(tmp_path, bad):
+    (tmp_path / "a.jsonl").write_text(f'"one"\n\n{bad}\n"four"\n')
+    with pytest.raises(
+        ProbeError, match=r"a\.jsonl, line 3: not UTF-8 text: \\ud[8c][0f][0f] is half of a surr"
+    ):
+        read_documents(str(tmp_path / "a.jsonl"))
+
+
+def test_a_whole_surrogate_pair_is_one_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'"\ud83d\ude00"')
+    assert read_documents(str(tmp_path / "a.jsonl")) == ["\U0001f600"]
+
+
 def test_blank_documents_are_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_text('"one"\n" \\n"\n""\n"two"')
     assert read_documents(str(tmp_path / "a.jsonl")) == ["one", "two"]

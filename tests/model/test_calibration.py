@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,15 @@ def assert_same(one: Calibration, other: Calibration) -> None:
 
 def files(folder: Path) -> list[Path]:
     return sorted((folder / "calibrations").iterdir()) if folder.exists() else []
+
+
+def stored_again(file: Path, **changes: Callable[[str], str | None]) -> None:
+    """The same tensors with changed metadata; what becomes None is left out."""
+    with safe_open(file, framework="pt") as stored:
+        tensors, metadata = {name: stored.get_tensor(name) for name in list(stored.keys())}, stored.metadata()
+    changed = metadata | {key: change(metadata[key]) for key, change in changes.items()}
+    assert changed != metadata
+    calibration.save_file(tensors, file, metadata={k: v for k, v in changed.items() if v is not None})
 
 
 def nothing_may_be_computed(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel) -> None:
@@ -267,6 +277,9 @@ def test_other_tokens_and_other_models_are_other_calibrations(llama, fresh_cache
         lambda file: calibration.save_file(
             {"x": torch.ones(1)}, file, metadata={"owners": "{}", "counts": '{"y": 1}'}
         ),
+        lambda file: file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])),
+        lambda file: stored_again(file, counts=lambda counts: counts.replace("120", "121")),
+        lambda file: stored_again(file, checksum=lambda _: None),
     ],
 )
 def test_a_damaged_file_is_made_anew(llama, fresh_cache, damage, monkeypatch):

@@ -94,6 +94,24 @@ def test_a_model_without_a_list_of_layers_is_refused():
         Decoder.of(nn.Linear(2, 2))
 
 
+def test_a_weight_that_two_components_hold_is_refused(family):
+    model = tiny.model_of(family)
+    paths = dtm.components(model)
+    one, other = paths[1], paths[1 + len(paths) // tiny.LAYERS]
+    model.get_submodule(other).weight = model.get_submodule(one).weight
+    with pytest.raises(ModelError) as error:
+        Decoder.of(model)
+    assert str(error.value) == (
+        f"{type(model).__name__}: {one} and {other} share one weight, so that neither can be treated alone"
+    )
+
+
+def test_an_embedding_may_be_the_head_too():
+    model = tiny.model_of("llama", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(Decoder.of(model).components) == tiny.LAYERS * len(GATED)
+
+
 def test_layers_without_matrices_are_refused():
     model = nn.Module()
     model.layers = nn.ModuleList([nn.LayerNorm(4)])

@@ -1,8 +1,13 @@
 """Layers run one by one give, to the bit, what the whole model gives."""
 
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
+import transformers
 from torch import Tensor, nn
 
 from dtm_fast.errors import ModelError
@@ -235,9 +240,10 @@ def test_a_layer_that_runs_twice_is_refused(llama, monkeypatch):
 
 
 def test_one_module_as_two_layers_is_refused(llama):
+    decoder = Decoder.of(llama)
     llama.model.layers[1] = llama.model.layers[0]
     with pytest.raises(ModelError, match="layer 1"):
-        record(Decoder.of(llama), tokens_of())
+        record(replace(decoder, layers=tuple(llama.model.layers)), tokens_of())
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -254,3 +260,132 @@ def test_a_layer_that_returns_no_hidden_states_is_refused(llama):
     decoder.layers[0].forward = lambda hidden, **kwargs: {"hidden_states": hidden}
     with pytest.raises(ModelError, match="layer 0 is not handed, or does not return, hidden states"):
         record(decoder, tokens_of())
+
+
+class Carrier(nn.Module):
+    """Hands a layer, behind the hidden states, what the one before returned behind its own."""
+
+    def __init__(self, layer: nn.Module, carried: list[object]) -> None:
+        super().__init__()
+        self.layer, self.carried = layer, carried
+
+    def forward(self, hidden: Tensor, **kwargs: object) -> Tensor:
+        output, self.carried[0] = self.layer(hidden, self.carried[0], **kwargs)
+        return output
+
+
+def carrying(model, returns: Callable[[Tensor, object], object], first: object = None) -> Decoder:
+    """Each layer returns ``returns(hidden, what it was handed more)`` too, which the next one is handed."""
+    decoder, carried = Decoder.of(model), [first]
+    for index, layer in enumerate(decoder.layers):
+        model.model.layers[index] = Carrier(layer, carried)
+        layer.forward = lambda hidden, more, plain=layer.forward, **kwargs: (
+            plain(hidden, **kwargs),
+            returns(hidden, more),
+        )
+    return decoder
+
+
+@pytest.mark.parametrize(
+    "returns",
+    [
+        lambda hidden, more: hidden.mean(-1),
+        lambda hidden, more: (None, [hidden + 1]),
+        lambda hidden, more: UserDict(router=hidden * 2),
+    ],
+    ids=["tensor", "tuple", "mapping"],
+)
+def test_layers_that_hand_on_more_than_hidden_states_are_refused(llama, returns):
+    decoder = carrying(llama, returns)
+    with pytest.raises(ModelError) as error:
+        record(decoder, tokens_of())
+    assert str(error.value) == (
+        "LlamaForCausalLM: layer 1 is handed more of layer 0 than its hidden states, so that its layers cannot be run "
+        "one by one"
+    )
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in decoder.layers)
+
+
+def test_hidden_states_of_an_earlier_layer_are_more_than_those_of_the_last(llama):
+    # What layer 0 passes on is the embedding, which stays as it is; layer 1 passes on what layer 0 made.
+    decoder = carrying(llama, lambda hidden, more: hidden)
+    with pytest.raises(ModelError, match="layer 2 is handed more of layer 0 than its hidden states"):
+        record(decoder, tokens_of())
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), lambda x: {"mask": x}])
+def test_what_layers_pass_on_as_it_is_may_be_handed_to_all(llama, wrap):
+    logits = logits_before(llama, tokens_of(), 3)
+    decoder = carrying(llama, lambda hidden, more: more, wrap(torch.ones(3)))
+    calls, states = record(decoder, tokens_of())
+    with torch.no_grad():
+        assert all(torch.equal(c(s), after) for c, s, after in zip(calls, states, states[1:], strict=False))
+    assert torch.equal(logits_after(llama, calls, tokens_of(), states[-1], 3), logits)
+
+
+def sharing(model, shared: object, act: Callable[[object, Tensor], None]) -> Decoder:
+    """Each layer is handed ``shared``, and acts on it."""
+    decoder = Decoder.of(model)
+    for layer in decoder.layers:
+
+        def forward(hidden: Tensor, plain=layer.forward, **kwargs: object) -> Tensor:
+            act(kwargs.pop("shared"), hidden)
+            return plain(hidden, **kwargs)
+
+        layer.forward = forward
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "shared": shared}), with_kwargs=True
+        )
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("shared", "act"),
+    [
+        ({}, lambda shared, hidden: shared.update(full=hidden.sum())),
+        (UserDict(), lambda shared, hidden: shared.update(full=(hidden + 1, None))),
+        (UserDict(full=None), lambda shared, hidden: shared.update(full=hidden.sum())),
+        ({"of": {"full": 3}}, lambda shared, hidden: shared["of"].update(full=hidden.sum())),
+        ([], lambda shared, hidden: shared.append(hidden.sum())),
+    ],
+)
+def test_what_layers_write_to_is_refused(llama, shared, act):
+    with pytest.raises(ModelError) as error:
+        record(sharing(llama, shared, act), tokens_of())
+    assert str(error.value) == (
+        "LlamaForCausalLM: what layer 0 is handed is written to while the model reads, so that its layers cannot be "
+        "run one by one"
+    )
+
+
+@pytest.mark.parametrize("shared", [{"full": torch.ones(2)}, UserDict(full=(torch.ones(2), 3)), [], None])
+def test_what_layers_only_read_may_be_shared(llama, shared):
+    calls, states = record(sharing(llama, shared, lambda shared, hidden: None), tokens_of())
+    with torch.no_grad():
+        assert all(torch.equal(c(s), after) for c, s, after in zip(calls, states, states[1:], strict=False))
+
+
+TINY = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY |= {"head_dim": 8, "max_position_embeddings": 128, "initializer_range": 0.2}
+GEMMA3N = {"vocab_size_per_layer_input": tiny.VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+GEMMA3N |= {"intermediate_size": 64, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 64}
+GEMMA3N |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "altup_num_inputs": 2}
+GEMMA3N |= {"activation_sparsity_pattern": [0.0] * 4}
+ZAYA = {"num_hidden_layers": 3, "moe_intermediate_size": 32, "num_experts": 4, "router_hidden_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("configuration", "changes", "said"),
+    [
+        ("Gemma3nTextConfig", GEMMA3N, "what layer 0 is handed is written to"),
+        ("ZayaConfig", ZAYA, "layer 1 is handed more of layer 0 than its hidden states"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*more than two dimensions")
+def test_families_whose_layers_hand_on_more_are_refused(configuration, changes, said):
+    if not hasattr(transformers, configuration):
+        pytest.skip(f"this transformers has no {configuration}")
+    config = getattr(transformers, configuration)(**TINY, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(ModelError, match=f"{said}.*cannot be run one by one"):
+        record(Decoder.of(model), tokens_of())

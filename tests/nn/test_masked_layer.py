@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -91,9 +92,11 @@ def test_a_layer_is_in_the_mode_of_the_one_it_replaces(training: bool) -> None:
     assert layer.training == layer.to_linear().training == training
 
 
-def test_casting_leaves_the_mask() -> None:
+@pytest.mark.parametrize("cast", [nn.MaskedLinear.to, nn.MaskedLinear.type], ids=["to", "type"])
+def test_casting_leaves_the_mask(cast: Callable[[nn.MaskedLinear, torch.dtype], object]) -> None:
     _, layer, kept = random_layer()
-    layer.to(torch.bfloat16)
+    cast(layer, torch.bfloat16)
+    assert layer.mask.dtype == torch.uint8
     assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
     assert torch.equal(ops.unpack_mask(layer.mask, 37), kept)
     assert layer(torch.randn(3, 37).bfloat16()).dtype == torch.bfloat16

@@ -142,6 +142,48 @@ def test_missing_and_unexpected_keys_are_named() -> None:
         layer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kept", [("values",), ("values", "columns", "steps"), ("rows", "steps")])
+def test_a_part_of_the_packed_weight_is_refused_and_none_of_it_loaded(
+    kept: tuple[str, ...], strict: bool
+) -> None:
+    _, _, layer = random_layer()
+    model = torch.nn.Sequential(nn.SparseLinear.from_linear(zeroed(torch.nn.Linear(300, 37))))
+    before = copy.deepcopy(model[0])
+    missing = ", ".join(f"0.{each}" for each in ("values", "columns", "rows", "steps") if each not in kept)
+    state = {f"0.{name}": value for name, value in layer.state_dict().items() if name in (*kept, "bias")}
+    complaint = f"{missing}: missing; values, columns, rows and steps come together"
+    with pytest.raises(RuntimeError, match=complaint):
+        model.load_state_dict(state, strict=strict)
+    assert_same_state(_without_bias(model[0]), _without_bias(before))
+
+
+def _without_bias(layer: nn.SparseLinear) -> nn.SparseLinear:
+    other = copy.deepcopy(layer)
+    other.bias = None
+    return other
+
+
+def test_a_state_without_the_packed_weight_leaves_it() -> None:
+    _, _, layer = random_layer()
+    before = copy.deepcopy(layer)
+    found = layer.load_state_dict({"bias": layer.bias}, strict=False)
+    assert found.missing_keys == ["values", "columns", "rows", "steps"]
+    assert_same_state(layer, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_type_is_the_biases_alone(dtype: torch.dtype) -> None:
+    _, _, layer = random_layer()
+    before = layer.state_dict()
+    dtypes = {name: value.dtype for name, value in before.items()} | {"bias": dtype}
+    layer.type(dtype)
+    assert {name: value.dtype for name, value in layer.state_dict().items()} == dtypes
+    assert all(
+        torch.equal(value, before[name]) for name, value in layer.state_dict().items() if name != "bias"
+    )
+
+
 @pytest.mark.once
 @torch.no_grad()
 def test_it_compiles_whole() -> None:

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dtm_fast import nn, ops
+from dtm_fast.ops.decoder_layer import Arithmetic, LayerShape, PackedMatrix, has_arithmetic, new_states
 from tests.ops.test_registration import OPERATIONS, arguments, assert_same
 
 
@@ -19,6 +20,19 @@ def restored_defaults() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_decoder_layers_are_packed_into_is_float32(dtype, restored_defaults):
+    if not has_arithmetic(Arithmetic.FLOAT32):
+        pytest.skip("the instruction set in use has no kernel for layers")
+    weight, shape = torch.randn(96, 64), LayerShape(64, 4, 2, 16, 96, 1e-6, 0.25)
+    expected = PackedMatrix.pack(weight, Arithmetic.FLOAT32).panels
+    torch.set_default_dtype(dtype)
+    with torch.device("meta"):
+        found, states = PackedMatrix.pack(weight, Arithmetic.FLOAT32).panels, new_states(shape, 2, 3)
+    assert torch.equal(found, expected)
+    assert {each.dtype for each in states.tensors() if each is not None} == {torch.float32}
 
 
 def masked(x: torch.Tensor) -> torch.Tensor:
