@@ -199,7 +199,9 @@ def with_subclass(model) -> None:
 
 
 def with_shared_weight(model) -> None:
-    model.get_submodule(UP).weight = model.model.layers[0].mlp.up_proj.weight
+    up = model.get_submodule(UP)
+    model.twin = torch.nn.Linear(up.in_features, up.out_features, bias=False)
+    model.twin.weight = up.weight
 
 
 def with_nan(model) -> None:
