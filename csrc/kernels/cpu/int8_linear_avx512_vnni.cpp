@@ -92,10 +92,11 @@ void dot_row(const int8_t* qx, int64_t qx_stride, const int8_t* row, const int8_
 template <int kTokens>
 void dot_rows(const int8_t* qx, int64_t qx_stride, const int8_t* qweight, int64_t qweight_stride,
               int64_t cols, int64_t K, const int32_t* token_part, int32_t* acc, int64_t acc_stride) {
-  const int64_t ahead = (K < kAhead ? (kAhead + K - 1) / (K < 1 ? 1 : K) : 1) * qweight_stride;
+  const int64_t rows_ahead = K == 0 ? 0 : (kAhead + K - 1) / K;
   for (int64_t j = 0; j < cols; ++j) {
     const int8_t* row = qweight + j * qweight_stride;
-    dot_row<kTokens>(qx, qx_stride, row, row + ahead, K, token_part, acc + j, acc_stride);
+    dot_row<kTokens>(qx, qx_stride, row, row + rows_ahead * qweight_stride, K, token_part, acc + j,
+                     acc_stride);
   }
 }
 

@@ -1,44 +1,26 @@
 // masked_linear in bfloat16 for few rows of x, whose time is that of reading the weight and the mask: every
-// step of 32 of K is masked into one small buffer, and multiplied when the next one is copied. The sums stay
-// in their tiles.
+// step of 32 of K is masked into one small buffer, from which it is multiplied at once. The sums stay in
+// their tiles.
 #include "bfloat16_panel.h"
+#include "few_rows_amx.h"
 #include "masked_linear_bfloat16.h"
 #include "masked_linear_store_amx.h"
 
 namespace dtm_fast {
 namespace {
 
-// How far ahead of its use each row of the weight is fetched: steps of K.
-constexpr int64_t kStepsAhead = 3;
 constexpr int64_t kStepSize = kPanelRows * kBfloat16Step;
 constexpr int64_t kTileSize = kBfloat16Group * kBfloat16Group;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+using Rows = Strip<uint16_t, kPanelRows>;
 
-// Weight rows, at most kPanelRows, under a mask.
-struct Rows {
-  const uint16_t* weight;
-  int64_t weight_stride;
-  const uint8_t* mask;
-  int64_t mask_stride, rows, K;
-  bool in_memory;  // or in a cache
-
-  // Where a row ends, the first steps of the one that lies kPanelRows further.
-  int64_t ahead(int64_t k) const {
-    constexpr int64_t kAhead = kStepsAhead * kBfloat16Step;
-    return kAhead + (k + kAhead < K ? 0 : kPanelRows * weight_stride - K);
-  }
-};
-
-// step [32, 32], which begins at k. Fetches the mask of the next rows, which usually follows without gaps.
+// step [32, 32], which begins at k.
 template <bool kWhole>
 DTM_FAST_INLINE void copy_step(const Rows& w, int64_t k, uint16_t* step) {
   const int64_t depth = w.K - k, ahead = w.ahead(k);
   const uint16_t* from = w.weight + k;
   const uint8_t* mask = w.mask + k / 8;
-  const uint8_t* next = mask + kPanelRows * w.mask_stride + (kPanelRows - 1) * (k / 8);
-  _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
-  _mm_prefetch(reinterpret_cast<const char*>(next + 64), _MM_HINT_T1);
+  w.fetch_next_mask(k, 0);
   // Locals, for all that the compiler knows the stores could change w.
   const int64_t rows = w.rows, weight_stride = w.weight_stride, mask_stride = w.mask_stride;
   const bool in_memory = w.in_memory;
@@ -90,15 +72,7 @@ void masked_linear_few_amx(const MaskedLinear& args, const MaskedLinearTile& til
   for (int64_t j = 0; j < tile.cols; j += kPanelRows) {
     const int64_t n = tile.n0 + j, cols = smaller(kPanelRows, tile.cols - j);
     for (int64_t v = tile.v0; v < tile.v0 + tile.variants; ++v) {
-      const Rows rows = {
-          static_cast<const uint16_t*>(args.weight) + n * args.weight_stride,
-          args.weight_stride,
-          args.mask + v * args.mask_variant_stride + n * args.mask_row_stride,
-          args.mask_row_stride,
-          cols,
-          args.K,
-          v == tile.v0,
-      };
+      const Rows rows(args, n, cols, v, v == tile.v0);
       multiply(rows, tile.x, tile.group_rows, step, sums);
       for (int64_t i = 0; i < tile.rows; i += kBfloat16Group) {
         store_block(args, v, tile.m0 + i, smaller(kBfloat16Group, tile.rows - i), n, cols,

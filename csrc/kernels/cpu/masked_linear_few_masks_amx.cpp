@@ -1,9 +1,11 @@
 // masked_linear in bfloat16 for few rows of x under several masks: every step of 32 of K of 16 weight rows is
 // masked into one small buffer for as many masks as have a tile for their sums, and multiplied when the next
 // one is copied.
+#include <cstring>
+
 #include "amx_tiles.h"
 #include "avx512_vectors.h"
-#include "bfloat16_tiles.h"
+#include "few_rows_amx.h"
 #include "mask_words_avx512.h"
 #include "masked_linear_bfloat16.h"
 #include "masked_linear_store_amx.h"
@@ -12,34 +14,16 @@ namespace dtm_fast {
 namespace {
 
 constexpr int64_t kStripRows = 16;
-constexpr int64_t kMostTogether = 4;
+constexpr int64_t kBlockRows = 2 * kStripRows;  // whose results fill a line of y
 constexpr int64_t kTileWords = kStripRows * kBfloat16Step;
 constexpr int64_t kTileSums = kStripRows * kBfloat16Group;
-// How far ahead of its use each row of the weight is fetched: steps of K.
-constexpr int64_t kStepsAhead = 3;
+constexpr int64_t kBlockSums = kBlockRows * kBfloat16Group;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+using MaskedStrip = Strip<uint16_t, kStripRows>;
 
-// Weight rows, at most kStripRows, under some masks.
-struct Strip {
-  const uint16_t* weight;
-  int64_t weight_stride;
-  const uint8_t* mask;  // of the first row under the first mask
-  int64_t mask_stride, variant_stride;
-  int64_t rows, K;
-  bool in_memory;  // or in a cache
-
-  // Where a row ends, the first steps of the one that lies a strip further.
-  int64_t ahead(int64_t k) const {
-    constexpr int64_t kAhead = kStepsAhead * kBfloat16Step;
-    return kAhead + (k + kAhead < K ? 0 : kStripRows * weight_stride - K);
-  }
-};
-
-// step [kMasks, 16, 32], which begins at k. Fetches the masks of the next strip, which usually follow without
-// gaps.
+// step [kMasks, 16, 32], which begins at k.
 template <int kMasks, bool kWhole>
-DTM_FAST_INLINE void copy_step(const Strip& strip, int64_t k, uint16_t* step) {
+DTM_FAST_INLINE void copy_step(const MaskedStrip& strip, int64_t k, uint16_t* step) {
   const int64_t depth = strip.K - k, ahead = strip.ahead(k);
   const __mmask32 there = first_words(depth);
   // Locals, for all that the compiler knows the stores could change the strip.
@@ -49,8 +33,7 @@ DTM_FAST_INLINE void copy_step(const Strip& strip, int64_t k, uint16_t* step) {
 #pragma GCC unroll 4
   for (int v = 0; v < kMasks; ++v) {
     masks[v] = strip.mask + v * strip.variant_stride + k / 8;
-    const uint8_t* next = masks[v] + kStripRows * mask_stride + (kStripRows - 1) * (k / 8);
-    _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+    strip.fetch_next_mask(k, v);
   }
   const uint16_t* from = strip.weight + k;
 #pragma GCC unroll 4
@@ -66,11 +49,11 @@ DTM_FAST_INLINE void copy_step(const Strip& strip, int64_t k, uint16_t* step) {
   }
 }
 
-// sums [kMasks, kSumBlock] = the strip under its masks times x, packed in one group of x_rows rows. buffer
-// [2] steps.
+// sums [kMasks, 16, 16], kBlockSums from mask to mask, = the strip under its masks times x, packed in one
+// group of x_rows rows. buffer [2] steps.
 template <int kMasks>
-void multiply_strip(const Strip& strip, const uint16_t* x, int64_t x_rows, uint16_t* buffer, float* sums,
-                    int64_t sums_of_mask) {
+void multiply_strip(const MaskedStrip& strip, const uint16_t* x, int64_t x_rows, uint16_t* buffer,
+                    float* sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -99,45 +82,36 @@ void multiply_strip(const Strip& strip, const uint16_t* x, int64_t x_rows, uint1
     finish_writes(filled);
   }
   _tile_stored(0, sums, kTileRowBytes);
-  if (kMasks > 1) _tile_stored(1, sums + sums_of_mask, kTileRowBytes);
-  if (kMasks > 2) _tile_stored(2, sums + 2 * sums_of_mask, kTileRowBytes);
-  if (kMasks > 3) _tile_stored(3, sums + 3 * sums_of_mask, kTileRowBytes);
+  if (kMasks > 1) _tile_stored(1, sums + kBlockSums, kTileRowBytes);
+  if (kMasks > 2) _tile_stored(2, sums + 2 * kBlockSums, kTileRowBytes);
+  if (kMasks > 3) _tile_stored(3, sums + 3 * kBlockSums, kTileRowBytes);
 }
+
+using MultiplyStrip = void(const MaskedStrip& strip, const uint16_t* x, int64_t x_rows, uint16_t* buffer,
+                           float* sums);
+constexpr MultiplyStrip* kMultiplyStrip[kMostTogether] = {multiply_strip<1>, multiply_strip<2>,
+                                                          multiply_strip<3>, multiply_strip<4>};
 
 }  // namespace
 
 void masked_linear_few_masks_amx(const MaskedLinear& args, const MaskedLinearTile& tile) {
-  constexpr int64_t kBlockRows = 2 * kStripRows;  // whose results fill a line of y
   const TilesInUse tiles(tile.rows);
   alignas(64) uint16_t buffer[2 * kMostTogether * kTileWords] = {};  // rows that are not there must be finite
+  // Columns that are no rows of x stay as they are.
+  std::memset(tile.sums, 0, static_cast<size_t>(tile.variants * kBlockSums) * sizeof(float));
   for (int64_t j = 0; j < tile.cols; j += kBlockRows) {
     const int64_t cols = smaller(kBlockRows, tile.cols - j);
     for (int64_t half = 0; half < cols; half += kStripRows) {
-      const int64_t n = tile.n0 + j + half;
-      for (int64_t v0 = 0, masks; v0 < tile.variants; v0 += masks) {
-        const int64_t left = tile.variants - v0, passes = (left + kMostTogether - 1) / kMostTogether;
-        masks = (left + passes - 1) / passes;
-        const Strip strip = {
-            static_cast<const uint16_t*>(args.weight) + n * args.weight_stride,
-            args.weight_stride,
-            args.mask + (tile.v0 + v0) * args.mask_variant_stride + n * args.mask_row_stride,
-            args.mask_row_stride,
-            args.mask_variant_stride,
-            smaller(kStripRows, cols - half),
-            args.K,
-            v0 == 0,
-        };
-        const auto multiply = masks == 1   ? multiply_strip<1>
-                              : masks == 2 ? multiply_strip<2>
-                              : masks == 3 ? multiply_strip<3>
-                                           : multiply_strip<4>;
-        multiply(strip, tile.x, tile.rows, buffer,
-                 tile.sums + v0 * 2 * kTileSums + half / kStripRows * kTileSums, 2 * kTileSums);
-      }
+      for_each_pass(tile.variants, [&](int64_t v, int64_t masks) {
+        const MaskedStrip strip(args, tile.n0 + j + half, smaller(kStripRows, cols - half), tile.v0 + v,
+                                v == 0);
+        kMultiplyStrip[masks - 1](strip, tile.x, tile.rows, buffer,
+                                  tile.sums + v * kBlockSums + half * kBfloat16Group);
+      });
     }
     finish_writes(tile.sums);
     for (int64_t v = 0; v < tile.variants; ++v) {
-      store_block(args, tile.v0 + v, tile.m0, tile.rows, tile.n0 + j, cols, tile.sums + v * 2 * kTileSums);
+      store_block(args, tile.v0 + v, tile.m0, tile.rows, tile.n0 + j, cols, tile.sums + v * kBlockSums);
     }
   }
 }

@@ -4,6 +4,7 @@
 // tiles as if the masks took turns with every product.
 #include <cstring>
 
+#include "few_rows_amx.h"
 #include "float32_steps_amx.h"
 #include "mask_words_avx512.h"
 #include "masked_linear_float32_store.h"
@@ -12,28 +13,9 @@ namespace dtm_fast {
 namespace {
 
 constexpr int64_t kStripRows = 16;
-constexpr int64_t kMostTogether = 4;
 constexpr int64_t kStepPieces = kFloat32Pieces * kTileWords;  // of a strip under one mask
-// How far ahead of its use each row of the weight is fetched: steps of K.
-constexpr int64_t kStepsAhead = 3;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Weight rows, at most kStripRows, under some masks.
-struct Strip {
-  const float* weight;
-  int64_t weight_stride;
-  const uint8_t* mask;  // of the first row under the first mask
-  int64_t mask_stride, variant_stride;
-  int64_t rows, K;
-  bool in_memory;  // or in a cache
-
-  // Where a row ends, the first steps of the one that lies a strip further.
-  int64_t ahead(int64_t k) const {
-    constexpr int64_t kAhead = kStepsAhead * kBfloat16Step;
-    return kAhead + (k + kAhead < K ? 0 : kStripRows * weight_stride - K);
-  }
-};
+using MaskedStrip = Strip<float, kStripRows>;
 
 // For each 32 of a mask row the bits of k and k + 16 side by side, as pairs_of has them.
 DTM_FAST_INLINE __mmask32 paired(__mmask32 kept) {
@@ -42,7 +24,7 @@ DTM_FAST_INLINE __mmask32 paired(__mmask32 kept) {
 
 // Rows j0 .. j1 - 1 of step [kMasks, kFloat32Pieces, 16, 32], which begins at k.
 template <int kMasks, bool kWhole>
-DTM_FAST_INLINE void copy_rows(const Strip& strip, int64_t k, int64_t j0, int64_t j1, uint16_t* step) {
+DTM_FAST_INLINE void copy_rows(const MaskedStrip& strip, int64_t k, int64_t j0, int64_t j1, uint16_t* step) {
   const int64_t depth = strip.K - k, ahead = strip.ahead(k);
   const __mmask32 there = kWhole ? ~__mmask32{0} : first_words(depth);
   // Locals, for all that the compiler knows the stores could change the strip.
@@ -124,7 +106,7 @@ struct alignas(64) Buffers {
 // buffers.all = the strip under its masks times x, packed in one group of x_rows rows. Tiles and vectors work
 // side by side: the products of a mask, then some rows of the next step, which is copied meanwhile.
 template <int kMasks>
-void multiply_strip(const Strip& strip, const uint16_t* x, int64_t x_rows, Buffers& buffers) {
+void multiply_strip(const MaskedStrip& strip, const uint16_t* x, int64_t x_rows, Buffers& buffers) {
   const int64_t step_of_x = piece_group_size(kBfloat16Step, x_rows);
   const PieceBlocks blocks(strip.K);
   int64_t k0 = 0;  // of the block
@@ -157,6 +139,10 @@ void multiply_strip(const Strip& strip, const uint16_t* x, int64_t x_rows, Buffe
   add(pending, 0, pending.count);
 }
 
+using MultiplyStrip = void(const MaskedStrip& strip, const uint16_t* x, int64_t x_rows, Buffers& buffers);
+constexpr MultiplyStrip* kMultiplyStrip[kMostTogether] = {multiply_strip<1>, multiply_strip<2>,
+                                                          multiply_strip<3>, multiply_strip<4>};
+
 }  // namespace
 
 void masked_linear_few_masks_float32_amx(const MaskedLinear& args, const Float32Tile& tile,
@@ -168,31 +154,17 @@ void masked_linear_few_masks_float32_amx(const MaskedLinear& args, const Float32
   alignas(64) float sums[kTileSums] = {};
   for (int64_t j = 0; j < tile.cols; j += kStripRows) {
     const int64_t n = tile.n0 + j, rows = smaller(kStripRows, tile.cols - j);
-    for (int64_t v0 = 0, masks; v0 < tile.variants; v0 += masks) {
-      const int64_t left = tile.variants - v0, passes = (left + kMostTogether - 1) / kMostTogether;
-      masks = (left + passes - 1) / passes;
-      const Strip strip = {
-          static_cast<const float*>(args.weight) + n * args.weight_stride,
-          args.weight_stride,
-          args.mask + (tile.v0 + v0) * args.mask_variant_stride + n * args.mask_row_stride,
-          args.mask_row_stride,
-          args.mask_variant_stride,
-          rows,
-          args.K,
-          v0 == 0,
-      };
-      const auto multiply = masks == 1   ? multiply_strip<1>
-                            : masks == 2 ? multiply_strip<2>
-                            : masks == 3 ? multiply_strip<3>
-                                         : multiply_strip<4>;
-      multiply(strip, packed_x, tile.rows, buffers);
+    for_each_pass(tile.variants, [&](int64_t v0, int64_t masks) {
+      const MaskedStrip strip(args, n, rows, tile.v0 + v0, v0 == 0);
+      kMultiplyStrip[masks - 1](strip, packed_x, tile.rows, buffers);
       for (int64_t v = 0; v < masks; ++v) {
+        // As wide as they are stored: a tile sets its rows apart.
         _tile_loadd(0, buffers.all + v * kBfloat16Group * tile.rows, 4 * tile.rows);
         _tile_stored(0, sums, kTileRowBytes);
         finish_writes(sums);
         store_float32_block(args, tile.v0 + v0 + v, tile.m0, tile.rows, n, rows, sums, tile.marks);
       }
-    }
+    });
   }
 }
 
