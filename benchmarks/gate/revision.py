@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,8 +133,10 @@ def run(command: Sequence[str], check: bool = True) -> subprocess.CompletedProce
         try:
             said, _ = process.communicate()
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()  # until the last of the group has closed the pipe
+            with suppress(ProcessLookupError):  # it had just ended
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ValueError):  # and its pipe was read and closed
+                process.communicate()  # until the last of the group has closed the pipe
             raise
     if check and process.returncode != 0:
         raise GateError(f"{' '.join(command[:4])} …: {(said.strip().splitlines() or ['failed'])[-1]}")

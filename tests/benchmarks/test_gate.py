@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gate.revision import run
+
 pytestmark = pytest.mark.alone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,3 +147,16 @@ def test_nothing_is_left_behind_when_it_is_ended(
     assert [each.name for each in tmp_path.iterdir() if each.name.startswith("dtm-fast-gate-")] == []
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
     assert left.stdout == ""
+
+
+def test_an_interrupt_just_when_a_command_has_ended_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    communicate = subprocess.Popen.communicate
+
+    def interrupted(process: subprocess.Popen[str]) -> None:
+        monkeypatch.undo()
+        communicate(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(["true"])
