@@ -95,9 +95,8 @@ def main() -> None:
         TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a terminal that has no arrows gets to read the rest
+        # A terminal that has no arrows gets to read the rest.
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: console.show_note(f"warning: {message}")
     try:
         app()

@@ -17,6 +17,7 @@ from dtm_fast.errors import RunError
 from dtm_fast.model.soundness import first_line
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = ".unfinished-"
 _WEIGHTS, _OPTIMIZER, _LOSSES = "weights.safetensors", "optimizer.safetensors", "losses.json"
 
 
@@ -100,7 +101,7 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     Raises:
         RunError: it cannot be written; then nothing of it is left.
     """
-    unfinished = folder.with_name(f".unfinished-{folder.name}")
+    unfinished = folder.with_name(_UNFINISHED + folder.name)
     try:
         # A process that was killed may have left one.
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -119,6 +120,11 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         make_durable(folder.parent)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: cannot be written: {first_line(error)}") from error
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder of this name holds a state of a training that goes on, not what came of one."""
+    return name.startswith(_UNFINISHED) or _NAME.fullmatch(name) is not None
 
 
 def make_durable(path: Path) -> None:

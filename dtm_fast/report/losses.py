@@ -3,12 +3,12 @@
 import re
 from dataclasses import dataclass
 
+from dtm_fast.compression.checkpoints import is_checkpoint
 from dtm_fast.errors import InputError
 from dtm_fast.report.stored import entries, finite, reading, values_in, whole
 from dtm_fast.runs import RunDirectory
 
 FILE = "losses.json"
-_CHECKPOINT = re.compile(r"checkpoint-\d+|\.unfinished-.*")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def read_trainings(directory: RunDirectory) -> list[Training]:
     """
     folders = (path.parent.relative_to(directory.path) for path in directory.path.glob(f"*/**/{FILE}"))
     # A training that is not finished keeps its losses with what it goes on from.
-    finished = [each.as_posix() for each in folders if not any(map(_CHECKPOINT.fullmatch, each.parts))]
+    finished = [each.as_posix() for each in folders if not any(map(is_checkpoint, each.parts))]
     return [_training(directory, folder) for folder in sorted(finished, key=_natural)]
 
 

@@ -96,9 +96,8 @@ class RunDirectory:
 
     def write_text(self, name: str, content: str) -> Path:
         """Writes the file ``name`` whole or not at all, and returns its path."""
-        return self.write_bytes(
-            name, content.encode(errors="backslashreplace")
-        )  # names of files may be no text
+        # The names of files that it tells may be no text.
+        return self.write_bytes(name, content.encode(errors="backslashreplace"))
 
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Writes the file ``name`` whole or not at all, and returns its path."""
