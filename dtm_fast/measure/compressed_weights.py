@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dtm_fast.compression import Treatment, compressed_weight
 from dtm_fast.model import Component
-from dtm_fast.ops.decoder_layer import Arithmetic, PackedMatrix
+from dtm_fast.ops.layer_weights import Arithmetic, PackedMatrix
 
 _Key = tuple[str, str, Arithmetic, str]
 

@@ -17,7 +17,7 @@ from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.prefix_tree import first_difference, layers_of
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.model import Decoder
-from dtm_fast.ops.decoder_layer import Arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic
 
 # A part reads every weight anew and launches every kernel anew. On an H200 one part was the fastest on the shape of
 # Llama 2 7B, for changes small and large (docs/gpu.md). Who may drop a configuration wants to know early, though.

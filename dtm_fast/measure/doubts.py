@@ -10,7 +10,7 @@ from dtm_fast.compression import Configuration
 from dtm_fast.measure.first_divergence import FirstDivergence, error_of
 from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.measure.prefix_tree import key_of
-from dtm_fast.ops.decoder_layer import Arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dtm_fast.compression import Configuration
 from dtm_fast.measure.head import Decisions
 from dtm_fast.measure.part_layers import PartHead, PartLayers
-from dtm_fast.ops.decoder_layer import Arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic
 
 # By how much CHANGE may misjudge the distance of a hidden state to the border of a decision, in units of how far that
 # state is from the base's. Measured on SmolLM2 (28 single components, 22,400 positions): after 1, 14 and 29 layers

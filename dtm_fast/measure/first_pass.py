@@ -14,7 +14,7 @@ from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_d
 from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.measure.prefix_tree import Node, first_difference, layers_of, tree_of, walk
 from dtm_fast.measure.racing import Contest, Dropped, Name, name_of
-from dtm_fast.ops.decoder_layer import Arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic
 
 Results = Iterator[tuple[list[int], Columns | Dropped | MeasurementError]]
 

@@ -18,16 +18,8 @@ from dtm_fast.model import Component, Decoder
 from dtm_fast.model.gated_decoder import LayerParts, parts_of
 from dtm_fast.model.stepping import has_plain_head, record
 from dtm_fast.ops import native
-from dtm_fast.ops.decoder_layer import (
-    Arithmetic,
-    DecoderLayer,
-    PackedMatrix,
-    Projection,
-    States,
-    decoder_layer,
-    has_arithmetic,
-    new_states,
-)
+from dtm_fast.ops.decoder_layer import States, decoder_layer, new_states
+from dtm_fast.ops.layer_weights import Arithmetic, DecoderLayer, PackedMatrix, Projection, has_arithmetic
 
 # How far a layer may be from transformers' own, in units of what the layer adds to its input.
 _DEVIATION = {Arithmetic.FLOAT32: 2e-5, Arithmetic.BFLOAT16: 0.05}

@@ -8,7 +8,7 @@ from torch import Tensor
 from dtm_fast.compression import Configuration
 from dtm_fast.measure.head import Decisions
 from dtm_fast.model import Decoder
-from dtm_fast.ops.decoder_layer import Arithmetic, LayerShape
+from dtm_fast.ops.layer_weights import Arithmetic, LayerShape
 
 
 class PartLayers(Protocol):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dtm_fast.model.stepping import LayerCall
-from dtm_fast.ops.decoder_layer import LayerShape
+from dtm_fast.ops.layer_weights import LayerShape
 
 # What these layers compute is known: RMS norm, attention with grouped heads and rotary positions, RMS norm, gated
 # MLP. That a layer really does is checked on the base's own states (measure/fused_layers.py).

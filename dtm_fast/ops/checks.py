@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from typing import TypeGuard
 
 import torch
 from torch.autograd import forward_ad
@@ -61,6 +62,31 @@ def same_device(first_name: str, first: torch.Tensor, /, **others: torch.Tensor 
             raise ValueError(
                 f"{name}: expected device {first.device}, that of {first_name}, got {other.device}"
             )
+
+
+def on_cpu(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless `value` lies in the memory of the CPU."""
+    if not value.is_cpu:
+        raise ValueError(f"{name}: expected device cpu, got {value.device}")
+
+
+def contiguous_on_cpu(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError unless `value` lies in the memory of the CPU without gaps."""
+    on_cpu(name, value)
+    if not value.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
+
+
+def is_plain_float32(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether it is a float32 tensor that `tensor` and `contiguous_on_cpu` find good, in a microsecond."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype == torch.float32
+        and value.is_cpu
+        and value.layout == torch.strided
+        and value.is_contiguous()
+        and not value.is_neg()
+    )
 
 
 def finite(name: str, value: torch.Tensor) -> None:

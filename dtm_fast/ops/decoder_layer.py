@@ -6,216 +6,33 @@ transformers' own layer, which computes the same (`tests/ops/test_decoder_layer.
 
 from __future__ import annotations
 
-import enum
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dtm_fast.ops import native
+from dtm_fast.ops import checks, native
+from dtm_fast.ops.layer_weights import DecoderLayer, LayerShape, Start
 
+# The columns of states, as errors call them.
+_COLUMNS = {
+    "input": "hidden",
+    "qkv": "(heads + 2 * kv_heads) * head_dim",
+    "attention": "heads * head_dim",
+    "mid": "hidden",
+    "gate_up": "2 * intermediate",
+}
 
-class Arithmetic(enum.IntEnum):
-    """How a layer is computed; states are float32 in all of them."""
-
-    FLOAT32 = 0
-    """In float32, the sums in the order of masked_linear."""
-    CHANGE = 1
-    """Against known states of the base: only differences are multiplied, rounded to bfloat16, and added to what the
-    base has, `y' = y_base + W (x' - x_base) + (W' - W) x_base`. States that enter and leave are differences."""
-    BFLOAT16 = 2
-    """As a model in bfloat16: products summed in float32, every result rounded where transformers stores it."""
-    FINE_CHANGE = 3
-    """CHANGE with differences and weights of 16 bits, each a sum of two numbers of bfloat16; AMX only."""
-
-    @property
-    def is_change(self) -> bool:
-        """Whether states that enter and leave are differences to the base's."""
-        return self in (Arithmetic.CHANGE, Arithmetic.FINE_CHANGE)
-
-
-class Start(enum.IntEnum):
-    """The first thing of a layer that differs from the base; what comes before is taken from the base's states."""
-
-    ATTENTION = 0
-    ATTENTION_OUT = 1
-    MLP = 2
-    MLP_OUT = 3
-
-
-def has_arithmetic(arithmetic: Arithmetic) -> bool:
-    """Whether the instruction set in use has a kernel for it."""
-    isa = native.cpu_isa()
-    cpu, _ = native.load("_cpu")
-    return (
-        cpu is not None
-        and isa != "reference"
-        and cpu.has_layer_arithmetic(native.ISAS.index(isa), arithmetic)
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class PackedMatrix:
-    """A matrix [N, K] in the order in which an arithmetic reads it."""
-
-    arithmetic: Arithmetic
-    N: int
-    K: int
-    panels: Tensor
-    """FLOAT32: float32; otherwise pairs of bfloat16 in the bits of each."""
-
-    rest: Tensor | None = None
-    """FINE_CHANGE: what the panels lost, packed likewise."""
-
-    @classmethod
-    def pack(cls, matrix: Tensor, arithmetic: Arithmetic) -> PackedMatrix:
-        """Packs a matrix [N, K] of any floating dtype on the CPU."""
-        N, K = matrix.shape  # noqa: N806
-        packed = cls(arithmetic, N, K, _panels(matrix, arithmetic))
-        return packed.finer(matrix) if arithmetic == Arithmetic.FINE_CHANGE else packed
-
-    def finer(self, matrix: Tensor) -> PackedMatrix:
-        """This matrix, packed for CHANGE, for FINE_CHANGE, whose first pieces are the same."""
-        fine, matrix = Arithmetic.FINE_CHANGE, matrix.detach().float()
-        return replace(self, arithmetic=fine, rest=_panels(matrix - matrix.bfloat16().float(), fine))
-
-    @property
-    def nbytes(self) -> int:
-        """Of all that is packed."""
-        return self.panels.nbytes + (0 if self.rest is None else self.rest.nbytes)
-
-
-@dataclass(frozen=True, eq=False)
-class Projection:
-    """`y[:, first : first + N] = x @ weight.T + bias`."""
-
-    weight: PackedMatrix
-    first: int = 0
-    bias: Tensor | None = None
-    """float32 [N]."""
-    change: PackedMatrix | None = None
-    """CHANGE: what the weight is more than the base's; None if it is the base's."""
-
-    def native(self) -> object:
-        """As _cpu takes it."""
-        cpu, _ = native.load("_cpu")
-        assert cpu is not None
-        return cpu.Projection(
-            panels=self.weight.panels.data_ptr(),
-            change=0 if self.change is None else self.change.panels.data_ptr(),
-            panels_rest=native.address(self.weight.rest),
-            change_rest=0 if self.change is None else native.address(self.change.rest),
-            bias=native.address(self.bias),
-            N=self.weight.N,
-            first=self.first,
-        )
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The sizes and numbers of a layer."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    eps: float
-    attention_scale: float
-
-    @property
-    def qkv(self) -> int:
-        """Columns of queries, keys and values together."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """The columns of each of the states of a layer (States)."""
-        return {
-            "input": self.hidden,
-            "qkv": self.qkv,
-            "attention": self.heads * self.head_dim,
-            "mid": self.hidden,
-            "gate_up": 2 * self.intermediate,
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderLayer:
-    """The weights of a layer; vectors are float32."""
-
-    arithmetic: Arithmetic
-    shape: LayerShape
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    cosine: Tensor
-    """[positions, head_dim], as transformers makes them; sine likewise."""
-    sine: Tensor
-    attention_in: tuple[Projection, ...]
-    """Columns: queries, keys, values."""
-    attention_out: Projection
-    mlp_in: tuple[Projection, ...]
-    """Columns: gate, up."""
-    mlp_out: Projection
-    start: Start = Start.ATTENTION
-
-    def with_projection(self, index: int, projection: Projection) -> DecoderLayer:
-        """With another projection in place of number `index` of `projections`."""
-        all_of_them = list(self.projections)
-        all_of_them[index] = projection
-        ins = len(self.attention_in)
-        return replace(
-            self,
-            attention_in=tuple(all_of_them[:ins]),
-            attention_out=all_of_them[ins],
-            mlp_in=tuple(all_of_them[ins + 1 : -1]),
-            mlp_out=all_of_them[-1],
-        )
-
-    @property
-    def projections(self) -> tuple[Projection, ...]:
-        """All, in the order in which they run."""
-        return (*self.attention_in, self.attention_out, *self.mlp_in, self.mlp_out)
-
-    def start_of(self, index: int) -> Start:
-        """Where the layer starts to differ if number `index` of `projections` is the first that does."""
-        ins = len(self.attention_in)
-        if index < ins:
-            return Start.ATTENTION
-        if index == ins:
-            return Start.ATTENTION_OUT
-        return Start.MLP if index < len(self.projections) - 1 else Start.MLP_OUT
-
-    def native(self) -> object:
-        """As _cpu takes it."""
-        cpu, _ = native.load("_cpu")
-        assert cpu is not None
-        shape = self.shape
-        return cpu.DecoderLayer(
-            arithmetic=self.arithmetic,
-            start=self.start,
-            hidden=shape.hidden,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            intermediate=shape.intermediate,
-            eps=shape.eps,
-            attention_scale=shape.attention_scale,
-            attention_norm=self.attention_norm.data_ptr(),
-            mlp_norm=self.mlp_norm.data_ptr(),
-            q_norm=native.address(self.q_norm),
-            k_norm=native.address(self.k_norm),
-            cosine=self.cosine.data_ptr(),
-            sine=self.sine.data_ptr(),
-            attention_in=[each.native() for each in self.attention_in],
-            attention_out=self.attention_out.native(),
-            mlp_in=[each.native() for each in self.mlp_in],
-            mlp_out=self.mlp_out.native(),
-        )
+# The states of the base that a layer reads in place of what it skips.
+_READ_OF_BASE = {
+    Start.ATTENTION: (),
+    Start.ATTENTION_OUT: ("attention",),
+    Start.MLP: ("mid",),
+    Start.MLP_OUT: ("mid", "gate_up"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,35 +104,165 @@ def decoder_layer(
         rows: which sequences of `base` these are; by default all, in order.
         kv_rows: which sequences of `kv` these are, each once; by default the first S, in order.
         base: states of the base, [B, C, columns]: what `layer.start` skips; for CHANGE all.
-        keep: where to write states to, [S, T, columns]; not for CHANGE.
+        keep: where to write states to, [S, T, columns]; not for CHANGE, and not the input.
+
+    Raises:
+        TypeError, ValueError: an argument, or a part of the layer, is not as described, or the instruction set in use
+            has no such arithmetic.
     """
     cpu, isa, threads = native.cpu_call()
+    _check(layer, x, out, kv, first, first_output, base, keep)
     S, T = out.shape[:2]  # noqa: N806
+    own = np.arange(S)
+    of_base, of_kv = own, own
+    counts: int | np.ndarray = T
+    sequences = min((len(each) for each in base.tensors() if each is not None), default=S)
+    if rows is not None:
+        of_base = _numbers("rows", rows, S, sequences - 1, "sequences of base")
+    elif sequences < S:
+        raise ValueError(f"base: expected at least {S} sequences (S of out), got {sequences}")
+    if kv_rows is None:
+        if len(kv) < S:
+            raise ValueError(f"kv: expected at least {S} sequences (S of out), got shape {list(kv.shape)}")
+    else:
+        of_kv = _numbers("kv_rows", kv_rows, S, len(kv) - 1, "sequences of kv")
+        if len(set(of_kv.tolist())) < S:
+            raise ValueError(f"kv_rows: expected each number once, got {of_kv.tolist()}")
+    if lengths is not None:
+        counts = _numbers("lengths", lengths, S, T, "T of out")
     if S == 0 or T == 0:
         return
-    own = np.arange(S)
-    of_base = own if rows is None else np.asarray(rows)
     parts = np.zeros((S, 16), dtype=np.int64)
-    parts[:, 0], parts[:, 1], parts[:, 2] = first, T if lengths is None else lengths, first_output
+    parts[:, 0], parts[:, 1], parts[:, 2] = first, counts, first_output
     columns = (x, out, None, *base.tensors(), *keep.tensors())
     for column, tensor in enumerate(columns, start=3):
         if tensor is not None:
             is_base = 6 <= column < 11
             parts[:, column] = _addresses(tensor, of_base if is_base else own, first if is_base else 0)
-    parts[:, 5] = _addresses(kv, own if kv_rows is None else np.asarray(kv_rows), 0)
+    parts[:, 5] = _addresses(kv, of_kv, 0)
     cpu.decoder_layer(isa, threads, layer.native(), parts.ctypes.data, S)
 
 
-def _panels(matrix: Tensor, arithmetic: Arithmetic) -> Tensor:
-    cpu, isa, threads = native.cpu_call()
-    N, K = matrix.shape  # noqa: N806
-    matrix = matrix.detach().float().contiguous()
-    panels = torch.empty(cpu.packed_matrix_size(arithmetic, N, K), dtype=torch.float32, device="cpu")
-    cpu.pack_matrix(isa, threads, arithmetic, matrix.data_ptr(), N, K, panels.data_ptr())
-    return panels
-
-
 def _addresses(tensor: Tensor, rows: np.ndarray, position: int) -> np.ndarray:
-    assert tensor.dtype == torch.float32, "states are float32"
-    assert tensor.stride()[1:] == (tensor.shape[2], 1), "a sequence's states are contiguous"
     return tensor.data_ptr() + 4 * (tensor.stride(0) * rows + position * tensor.stride(1))
+
+
+def _numbers(name: str, values: Sequence[int], count: int, most: int, source: str) -> np.ndarray:
+    """As int64, if they are `count` whole numbers from 0 to `most`, which comes from `source`."""
+    found = np.asarray(values)
+    if found.shape != (count,):
+        raise ValueError(f"{name}: expected {count} numbers (S of out), got shape {list(found.shape)}")
+    if count == 0:
+        return found.astype(np.int64)
+    if found.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected whole numbers, got {found.dtype}")
+    lowest, highest = int(found.min()), int(found.max())
+    if lowest < 0 or highest > most:
+        bad = lowest if lowest < 0 else highest
+        raise ValueError(f"{name}: expected numbers from 0 to {most} ({source}), got {bad}")
+    return found.astype(np.int64, copy=False)
+
+
+def _check(
+    layer: DecoderLayer,
+    x: Tensor | None,
+    out: Tensor,
+    kv: Tensor,
+    first: int,
+    first_output: int,
+    base: States,
+    keep: States,
+) -> None:
+    """Raise unless all is as the kernel takes it for granted; no tensor's values are read."""
+    columns, is_change = _checked_columns(layer.shape), layer.arithmetic.is_change
+    hidden = layer.shape.hidden
+    checks.count("first", first)
+    checks.count("first_output", first_output)
+    _check_states("out", out, hidden, "hidden", written=True)
+    end, of_out = first + out.shape[1], out.shape[:2]
+    if x is not None:
+        _check_states("x", x, hidden, "hidden", of_out)
+    elif not is_change and layer.start <= Start.ATTENTION_OUT:
+        raise TypeError(f"x: expected a torch.Tensor, for the layer is in {layer.arithmetic.name}, got None")
+    kv_columns = 2 * layer.shape.kv_heads * layer.shape.head_dim
+    _check_states("kv", kv, kv_columns, "2 * kv_heads * head_dim", written=True, end=end)
+    needed = _COLUMNS if is_change else _READ_OF_BASE[layer.start]
+    for (name, source, width), known in zip(columns, base.tensors(), strict=True):
+        if known is not None:
+            _check_states(f"base.{name}", known, width, source, end=end)
+        elif name in needed:
+            why = f"{layer.arithmetic.name} from {layer.start.name} on"
+            raise TypeError(f"base.{name}: expected a torch.Tensor, for the layer is in {why}, got None")
+    for (name, source, width), kept in zip(columns, keep.tensors(), strict=True):
+        if kept is None:
+            continue
+        if is_change or name == "input":
+            why = f"the layer is in {layer.arithmetic.name}" if is_change else "it is x"
+            raise ValueError(f"keep.{name}: expected None, for {why}, got a tensor")
+        _check_states(f"keep.{name}", kept, width, source, of_out, written=True)
+    layer.checked  # noqa: B018
+    for name, angles in (("layer.cosine", layer.cosine), ("layer.sine", layer.sine)):
+        if len(angles) < end:
+            raise ValueError(
+                f"{name}: expected at least {end} positions in dimension 0 (first + T of out), "
+                f"got shape {list(angles.shape)}"
+            )
+
+
+@functools.cache
+def _checked_columns(shape: LayerShape) -> tuple[tuple[str, str, int], ...]:
+    """Raise unless the kernel can hold such a layer; of each of its states the name and the columns."""
+    for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate"):
+        value = getattr(shape, name)
+        checks.count(f"layer.shape.{name}", value)
+        if value == 0:
+            raise ValueError(f"layer.shape.{name}: expected a number of at least 1, got 0")
+    if shape.heads % shape.kv_heads:
+        raise ValueError(
+            f"layer.shape.heads: expected a multiple of kv_heads = {shape.kv_heads}, got {shape.heads}"
+        )
+    cpu, _, _ = native.cpu_call()
+    most = cpu.MOST_HEAD_DIM
+    if shape.head_dim % 2 or shape.head_dim > most:
+        raise ValueError(
+            f"layer.shape.head_dim: expected an even number of at most {most}, got {shape.head_dim}"
+        )
+    if shape.intermediate % 32:
+        raise ValueError(f"layer.shape.intermediate: expected a multiple of 32, got {shape.intermediate}")
+    return tuple((name, source, shape.widths[name]) for name, source in _COLUMNS.items())
+
+
+def _check_states(
+    name: str,
+    value: object,
+    columns: int,
+    source: str,
+    of_out: torch.Size | None = None,
+    written: bool = False,
+    end: int = 0,
+) -> None:
+    """Raise unless these are states [S, T, columns], T >= end, a sequence's contiguous; written ones do not overlap."""
+    if not (
+        checks.is_plain_float32(value)
+        and len(value.shape) == 3
+        and value.shape[2] == columns
+        and (of_out is None or value.shape[:2] == of_out)
+    ):
+        checks.tensor(name, value, (torch.float32,))
+        assert isinstance(value, Tensor)
+        checks.dims(name, value, f"[S, T, {columns}]", 3)
+        checks.size(name, value, 2, columns, source)
+        for dim, size in enumerate(of_out or ()):
+            checks.size(name, value, dim, size, f"{'ST'[dim]} of out")
+        checks.on_cpu(name, value)
+        if len(value) and not value[0].is_contiguous():
+            strides = list(value.stride())
+            raise ValueError(f"{name}: expected each sequence to be contiguous, got strides {strides}")
+        if written and len(value) > 1 and value.stride(0) < value.shape[1] * columns:
+            strides = list(value.stride())
+            raise ValueError(f"{name}: expected sequences that do not overlap, got strides {strides}")
+    if value.shape[1] < end:
+        raise ValueError(
+            f"{name}: expected at least {end} positions in dimension 1 (first + T of out), "
+            f"got shape {list(value.shape)}"
+        )

@@ -9,7 +9,7 @@ import torch
 from dtm_fast.compression import Configuration, Treatment
 from dtm_fast.measure import EXTRA_METRICS, Measurement
 from dtm_fast.model import InputStatistics
-from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 
 needs_kernels = pytest.mark.skipif(
     not has_arithmetic(Arithmetic.FLOAT32), reason="the instruction set in use has no kernel for fused layers"

@@ -9,7 +9,7 @@ import dtm_fast as dtm
 from dtm_fast.measure.compressed_weights import CompressedWeights
 from dtm_fast.model import Component, Decoder, InputStatistics
 from dtm_fast.ops import native
-from dtm_fast.ops.decoder_layer import Arithmetic, PackedMatrix, has_arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic, PackedMatrix, has_arithmetic
 
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
 INT8, HALF = dtm.Int8(), dtm.Prune(0.5)

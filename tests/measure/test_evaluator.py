@@ -15,7 +15,7 @@ from dtm_fast.measure.prefix_tree import tree_of
 from dtm_fast.measure.racing import fdt75, name_of
 from dtm_fast.model import Decoder, model_identity
 from dtm_fast.ops import native
-from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 
 UP = "model.layers.1.mlp.up_proj"
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "phi3")

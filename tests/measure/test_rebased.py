@@ -10,7 +10,7 @@ from dtm_fast.errors import ComponentError
 from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.racing import name_of
 from dtm_fast.ops import native
-from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 
 UP = "model.layers.1.mlp.up_proj"
 

@@ -11,7 +11,7 @@ from dtm_fast.errors import ModelError
 from dtm_fast.measure.device_layer import device_layers_of
 from dtm_fast.measure.fused_layers import checked_parts
 from dtm_fast.model import Decoder, gated_decoder
-from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 
 # The last of three layers alone: the others see the whole text.
 LAST = {"use_sliding_window": True, "max_window_layers": 2, "layer_types": None}

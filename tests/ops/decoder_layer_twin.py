@@ -3,19 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtm_fast.model.gated_decoder import LayerParts
-from dtm_fast.ops.decoder_layer import (
+from dtm_fast.ops import native
+from dtm_fast.ops.decoder_layer import States
+from dtm_fast.ops.layer_weights import (
     Arithmetic,
     DecoderLayer,
     LayerShape,
     PackedMatrix,
     Projection,
-    States,
+    has_arithmetic,
 )
+
+SMALL = LayerShape(hidden=20, heads=2, kv_heads=1, head_dim=6, intermediate=32, eps=1e-5, attention_scale=0.4)
+
+
+def needs(*arithmetics: Arithmetic) -> None:
+    """Skips a test that the instruction set in use has no kernel for."""
+    for each in arithmetics:
+        if not has_arithmetic(each):
+            pytest.skip(f"{native.cpu_isa()} has no kernel for layers in {each.name.lower()}")
 
 
 def random_parts(shape: LayerShape, *, positions: int, fused: bool, bias: bool, norms: bool) -> LayerParts:

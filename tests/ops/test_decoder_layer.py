@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import tiny
 import torch
-from decoder_layer_twin import packed, random_parts, treated, twin
+from decoder_layer_twin import needs, packed, random_parts, treated, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,16 +17,14 @@ from dtm_fast.model import Decoder
 from dtm_fast.model.gated_decoder import LayerParts, parts_of
 from dtm_fast.model.stepping import record
 from dtm_fast.ops import native
-from dtm_fast.ops.decoder_layer import (
+from dtm_fast.ops.decoder_layer import States, decoder_layer, new_states
+from dtm_fast.ops.layer_weights import (
     Arithmetic,
     DecoderLayer,
     LayerShape,
     PackedMatrix,
     Start,
-    States,
-    decoder_layer,
     has_arithmetic,
-    new_states,
 )
 
 # The families whose layers the kernel computes.
@@ -45,13 +43,6 @@ BFLOAT16_DEVIATION = 2**-7
 CHANGE_DEVIATION = {CHANGE: 2**-7, FINE_CHANGE: 2**-13}
 
 changes = pytest.mark.parametrize("change", CHANGE_DEVIATION, ids=lambda each: each.name.lower())
-
-
-def needs(*arithmetics: Arithmetic) -> None:
-    """Skips a test that the instruction set in use has no kernel for."""
-    for each in arithmetics:
-        if not has_arithmetic(each):
-            pytest.skip(f"{native.cpu_isa()} has no kernel for layers in {each.name.lower()}")
 
 
 def available() -> list[Arithmetic]:
@@ -329,16 +320,6 @@ def test_nothing_to_do_writes_nothing() -> None:
     decoder_layer(layer, states[0][:, :0], out[:, :0], kv, first=5)
     decoder_layer(layer, states[0][:0], out[:0], kv)
     assert bool(out.isnan().all() and kv.isnan().all())
-
-
-def test_states_are_float32_and_contiguous() -> None:
-    needs(FLOAT32)
-    states, parts = recorded("llama")
-    layer, (out, kv, _) = packed(parts[0], FLOAT32), room(parts[0].shape, 3, 40)
-    with pytest.raises(AssertionError, match="states are float32"):
-        decoder_layer(layer, states[0].double(), out, kv)
-    with pytest.raises(AssertionError, match="a sequence's states are contiguous"):
-        decoder_layer(layer, states[0].mT.contiguous().mT, out, kv)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

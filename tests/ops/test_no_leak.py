@@ -9,7 +9,8 @@ import torch
 from decoder_layer_twin import packed, random_parts
 
 from dtm_fast import ops
-from dtm_fast.ops.decoder_layer import Arithmetic, LayerShape, decoder_layer, has_arithmetic
+from dtm_fast.ops.decoder_layer import decoder_layer
+from dtm_fast.ops.layer_weights import Arithmetic, LayerShape, has_arithmetic
 
 pytestmark = pytest.mark.once
 

@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dtm_fast import nn, ops
 from dtm_fast.ops import native
-from dtm_fast.ops.decoder_layer import Arithmetic, LayerShape, PackedMatrix, has_arithmetic, new_states
+from dtm_fast.ops.decoder_layer import new_states
+from dtm_fast.ops.layer_weights import Arithmetic, LayerShape, PackedMatrix, has_arithmetic
 from tests.ops.test_registration import OPERATIONS, arguments, assert_same
 
 

@@ -17,7 +17,7 @@ from made_up import MadeUpEvaluator, N
 import dtm_fast as dtm
 from dtm_fast.compression import Prune
 from dtm_fast.errors import ComponentError, InputError, TreatmentError
-from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 from dtm_fast.plan import Plan, Point, RecordedEvaluator
 from dtm_fast.plan.allocation import Curve
 from dtm_fast.plan.pruning_rounds import (

@@ -5,7 +5,7 @@ import dtm_fast as dtm
 from dtm_fast.compression import configuration_identity
 from dtm_fast.errors import ComponentError
 from dtm_fast.measure.racing import fdt75, name_of
-from dtm_fast.ops.decoder_layer import Arithmetic, has_arithmetic
+from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.runs import Journal
 
