@@ -83,7 +83,19 @@ def load_model(
     except Exception as error:
         raise ModelError(f"{name}: no usable tokenizer: {first_line(error)}") from error
     check_vocabulary(model, tokenizer, name)
-    return model.eval(), tokenizer
+    model.eval()
+    if getattr(config, "quantization_config", None) is not None:
+        _unpack(name, model)
+    return model, tokenizer
+
+
+def _unpack(name: str | Path, model: PreTrainedModel) -> None:
+    """Has a quantized model compute once: compressed-tensors' layers have no weight of a component before they do."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    except Exception as error:
+        raise ModelError(f"{name}: the quantized model cannot compute: {first_line(error)}") from error
 
 
 def _locate(name: str) -> str | Path:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import dtm_fast as dtm
 from dtm_fast.compression import W8A8, Change, Configuration, Int8
 from dtm_fast.measure import ReferenceEvaluator
-from dtm_fast.model import Decoder
+from dtm_fast.model import Decoder, model_identity
 
 pytestmark = pytest.mark.once
 
@@ -63,6 +63,16 @@ def test_what_is_loaded_is_measured_before_it_is_decompressed(export, make_probe
     (expected,) = ReferenceEvaluator(base, probes).measure([exported.configuration], ["kl"])
     assert found.fdt.tolist() == expected.fdt.tolist()
     assert torch.equal(found.kl, expected.kl)
+
+
+def test_a_model_has_all_its_components_as_soon_as_it_is_loaded(export):
+    """A run on it could not be resumed if its first pass made more of them."""
+    base = tiny.model_of("llama")
+    model, _ = dtm.load_model(export(MIXED, base).folder)
+    found, identity = dtm.components(model), model_identity(model)
+    assert found == dtm.components(base)
+    logits(model)
+    assert (dtm.components(model), model_identity(model)) == (found, identity)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
