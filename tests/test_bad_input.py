@@ -20,6 +20,7 @@ from transformers import BertConfig, T5Config, ViTConfig
 import dtm_fast as dtm
 from dtm_fast.cli import setting
 from dtm_fast.errors import ComponentError, ModelError, ProbeError, TreatmentError
+from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 
 SMALL = ("--prefix", 8, "--completion", 6, "--probes", 2)
 
@@ -319,6 +320,21 @@ def test_a_run_of_other_probes(swept, command):
     before = finished(run)
     assert_only_refused(command(*arguments, "--prefix", 9), "this run's probes differs")
     assert finished(run) == before
+
+
+def test_a_run_of_other_layers_where_their_rounding_shows(swept, tmp_path, command):
+    """In float32 all decide alike, and a run may go on with others."""
+    _, (name, model, *options) = swept
+    assert command(name, model, *options, "--evaluator", "transformers").code == 0
+    options[options.index("--run") + 1] = tmp_path / "half"
+    in_half = (name, model, *options, "--dtype", "bfloat16", "--evaluator")
+    assert command(*in_half, "transformers").code == 0
+    before = finished(tmp_path / "half")
+    assert command(*in_half, "reference").code == 0
+    if has_arithmetic(Arithmetic.BFLOAT16):
+        said = "this run's layers differs: begun with transformers, now fused"
+        assert_only_refused(command(*in_half, "auto"), said)
+    assert finished(tmp_path / "half") == before
 
 
 def test_a_run_of_another_schema_version(swept, command):

@@ -225,6 +225,8 @@ def session(
     evaluator = evaluator_of(probes, None if setting.memory is None else int(setting.memory * 2**30))
     if isinstance(evaluator, Evaluator):
         console.show_note(f"measuring with {evaluator.engine}")
+    identity |= _rounding(evaluator)
+    of_probes |= identity
     with ExitStack() as held:
         directory = held.enter_context(RunDirectory.resume(setting.run, of_probes))
         if len(directory.journal):
@@ -246,6 +248,14 @@ def session(
                 "the same command resumes"
             )
             raise typer.Exit(130) from None
+
+
+def _rounding(evaluator: Evaluator | ReferenceEvaluator) -> dict[str, str]:
+    """Of a run's identity, what its figures may depend on by rounding: nothing in float32, where all decide alike."""
+    if evaluator.model.dtype == torch.float32:
+        return {}
+    own = isinstance(evaluator, Evaluator) and not evaluator.computes_as_the_model
+    return {"layers": "fused" if own else "transformers"}
 
 
 def _described(evaluator: Evaluator | ReferenceEvaluator, setting: Setting) -> dict[str, Any]:

@@ -213,6 +213,11 @@ class Evaluator:
         return self._first is not None
 
     @property
+    def computes_as_the_model(self) -> bool:
+        """Whether its layers are transformers' own; others round otherwise, which in half precision can be seen."""
+        return self._layers is None
+
+    @property
     def layer_evaluations(self) -> int:
         """Layers of configurations run so far; those that several share are counted once, the base's not at all."""
         return self._complete.layer_evaluations + (self._first.layer_evaluations if self._first else 0)
