@@ -293,9 +293,12 @@ class DeviceLayers:
     def _record(self, memory: int | None) -> None:
         """The states of a base that is a configuration, and by differences those within the layers of any base."""
         start = first_difference(self.treatments, {}, self.depth)
-        column = 4 * self.count * self.positions  # bytes of one, of every state
-        size = column * (sum(self.shape.widths.values()) - self.shape.hidden)
-        left = None if memory is None else max(0, memory - (self.depth + 1) * column * self.shape.hidden)
+        hidden, row = self.shape.hidden, 4 * self.count  # bytes of a position in one column of a state
+        size = row * self.positions * (sum(self.shape.widths.values()) - hidden)
+        between = (
+            (self.depth + 1) * row * (self.positions + 1) * hidden
+        )  # the model's have the last token, too
+        left = None if memory is None else max(0, memory - between)
         kept = self.depth if left is None else min(self.depth, left // size)
         x: Tensor | None = None
         for layer in range(self.depth):
