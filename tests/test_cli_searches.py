@@ -232,6 +232,17 @@ def test_what_does_not_fit_the_model_is_refused_before_it_writes_its_completions
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_cannot_be_trained_is_refused_before_it_writes_its_completions(
+    search, tmp_path, monkeypatch, text_file
+):
+    monkeypatch.setattr(dtm.Probes, "from_text", lambda *_, **__: pytest.fail("the base writes"))
+    ended, _ = search("prune", "--dtype", "bfloat16", "--recover", text_file, "--length", 16)
+    (line,) = ended.errors
+    assert ended.code == 2
+    assert "recovery trains float32, model.embed_tokens.weight is torch.bfloat16" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_how_many_measurements_a_search_will_make(search, tmp_path):
     ended, _ = search("beam", "--depth", 2, "--width", 2)
     assert "ETA" not in ended.err  # a race drops what nobody can know beforehand
@@ -288,6 +299,11 @@ def test_llama_quantize_is_told_nothing_where_the_export_cannot_be(search, comma
     ended = command("export", tiny_folder, run / "plan.json", run, "--llama-quantize", file)
     assert (ended.code, len(ended.errors)) == (2, 1)
     assert "there is something already" in ended.errors[0]
+    arguments = ("--llama-quantize", file, "--for-vllm")
+    search("plan", "--treatment", "w8a8", "--components", 1)  # a part of what vLLM multiplies by as one matrix
+    ended = command("export", tiny_folder, run / "plan.json", tmp_path / "out", *arguments)
+    assert (ended.code, len(ended.errors)) == (2, 1)
+    assert "vLLM" in ended.errors[0]
     assert not file.exists()
 
 

@@ -25,6 +25,7 @@ from dtm_fast.cli.setting import check_probes, print_json, summaries
 from dtm_fast.errors import ModelError
 from dtm_fast.export import export_checkpoint, export_llama_quantize, load_export, validate
 from dtm_fast.export.checkpoint import check_free
+from dtm_fast.export.llama_quantize import tensor_types
 from dtm_fast.measure import DEFAULT_SOURCE, EXTRA_METRICS, Probes, ReferenceEvaluator, read_documents
 from dtm_fast.model import Calibration, Decoder, load_model
 from dtm_fast.plan import Plan, Stop
@@ -96,10 +97,14 @@ def export(
     calibrated = None
     if any(treatment.needs_inputs for treatment in made.configuration.values()):
         calibrated = Calibration.from_text(loaded, tokenizer, read_documents(calibration))
+    decoder = Decoder.of(loaded, calibrated)
     if llama_quantize is not None:
-        export_llama_quantize(made, Decoder.of(loaded, calibrated), llama_quantize)
+        tensor_types(made, decoder)  # raises before anything is written
     said = export_checkpoint(loaded, tokenizer, made, folder, calibration=calibrated, for_vllm=for_vllm)
-    written = [folder] if llama_quantize is None else [folder, llama_quantize]
+    written = [folder]
+    if llama_quantize is not None:
+        export_llama_quantize(made, decoder, llama_quantize)
+        written.append(llama_quantize)
     if as_json:
         print_json({"written": [str(path) for path in written], "problems": said})
         return

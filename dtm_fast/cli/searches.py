@@ -18,6 +18,7 @@ from dtm_fast.cli.setting import (
     write_report_of,
 )
 from dtm_fast.compression import Recovery, Treatment, blocks_of, parse_treatment
+from dtm_fast.compression.recovery import check_trainable
 from dtm_fast.errors import InputError
 from dtm_fast.measure import read_documents
 from dtm_fast.model import Decoder
@@ -150,7 +151,11 @@ def prune_command(
     def expected(decoder: Decoder) -> int:
         return len(rounds) * (3 * len(decoder.components) + 3)
 
-    with session(setting, [], "pruning rounds", expected, quiet=as_json) as running:
+    def fits(decoder: Decoder) -> None:
+        if documents is not None:
+            check_trainable(decoder.model, training)
+
+    with session(setting, [], "pruning rounds", expected, fits=fits, quiet=as_json) as running:
         if documents is None:
             found = prune_in_rounds(running.recorded, rounds, beside_uniform=True)
         else:

@@ -123,8 +123,7 @@ def check_training(
     decoder: Decoder, configuration: Configuration, tokens: Tensor, settings: Recovery
 ) -> None:
     """Refuses what ``recover`` cannot train, before anything is changed; raises as it does."""
-    if is_accelerated(decoder.model):
-        raise ModelError("recovery: the model is accelerated: dtm_fast.restore(model) first, or load it anew")
+    check_trainable(decoder.model, settings)
     if isinstance(configuration, Mapping):
         for path, treatment in configuration.items():
             # The mask is made again from the model alone when a training goes on.
@@ -135,14 +134,6 @@ def check_training(
                     f"{path}: recovery trains what is pruned by magnitude or dropped, not {treatment.key}"
                 )
     check_configuration(decoder, configuration)
-    check_storable(decoder.model)
-    for name, parameter in decoder.model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ModelError(
-                f"recovery trains float32, {name} is {parameter.dtype}: load it as torch.float32"
-            )
-    if not any(parameter.requires_grad for parameter in decoder.model.parameters()):
-        raise ModelError("recovery: no weight of the model requires a gradient")
     if not isinstance(tokens, Tensor):
         raise InputError(f"tokens: expected int64 [S, {settings.length}], got {type(tokens).__name__}")
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] != settings.length:
@@ -155,7 +146,21 @@ def check_training(
     rows, least, most = embedding.weight.shape[0], int(tokens.min()), int(tokens.max())
     if least < 0 or most >= rows:
         raise InputError(f"tokens: ids go from {least} to {most}, the model embeds {rows}")
-    context = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_trainable(model: PreTrainedModel, settings: Recovery) -> None:
+    """Refuses a model that ``recover`` cannot train with any configuration; raises as it does."""
+    if is_accelerated(model):
+        raise ModelError("recovery: the model is accelerated: dtm_fast.restore(model) first, or load it anew")
+    check_storable(model)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ModelError(
+                f"recovery trains float32, {name} is {parameter.dtype}: load it as torch.float32"
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("recovery: no weight of the model requires a gradient")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and settings.length > context:
         raise InputError(f"length {settings.length} is beyond the model's context of {context} tokens")
 

@@ -54,6 +54,11 @@ def export_llama_quantize(plan: Plan, decoder: Decoder, file: str | Path) -> Non
     Source: llama.cpp's ``tools/quantize/quantize.cpp`` (``parse_tensor_type_file``) and ``src/llama-quant.cpp``
     (``llama_tensor_get_type``), of 2026.
     """
+    _write(Path(file), tensor_types(plan, decoder))
+
+
+def tensor_types(plan: Plan, decoder: Decoder) -> str:
+    """What ``export_llama_quantize`` writes; raises as it does."""
     plan.check(decoder)
     model = decoder.model
     if model.dtype not in _KEPT:
@@ -68,7 +73,7 @@ def export_llama_quantize(plan: Plan, decoder: Decoder, file: str | Path) -> Non
         lines.append(
             _line(_tensor_name(component), kept if treatment is None else _type_of(component, treatment))
         )
-    _write(Path(file), "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def _line(name: str, kind: str) -> str:
