@@ -20,6 +20,7 @@ from transformers import BertConfig, T5Config, ViTConfig
 import dtm_fast as dtm
 from dtm_fast.cli import setting
 from dtm_fast.errors import ComponentError, ModelError, ProbeError, TreatmentError
+from dtm_fast.ops import native
 from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 
 SMALL = ("--prefix", 8, "--completion", 6, "--probes", 2)
@@ -412,7 +413,7 @@ def test_names_are_shown_as_they_are(tmp_path, text_file, command):
 def test_an_instruction_set_that_cannot_be_used_is_refused_before_anything_is_loaded(
     tmp_path, command, monkeypatch, name
 ):
-    monkeypatch.setenv("DTM_FAST_CPU_ISA", "foo")
+    monkeypatch.setattr(native, "_isa_override", "foo")  # as the variable would say it, which is read once
     arguments = {"doctor": (), "sweep": ("none", "--run", tmp_path / "run"), "report": (tmp_path / "run",)}
     ended = command(name, *arguments[name])
     assert_refused(ended, "error: DTM_FAST_CPU_ISA=foo: possible here: reference", tmp_path / "run")

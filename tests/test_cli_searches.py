@@ -300,7 +300,9 @@ def test_llama_quantize_is_told_nothing_where_the_export_cannot_be(search, comma
     assert (ended.code, len(ended.errors)) == (2, 1)
     assert "there is something already" in ended.errors[0]
     arguments = ("--llama-quantize", file, "--for-vllm")
-    search("plan", "--treatment", "w8a8", "--components", 1)  # a part of what vLLM multiplies by as one matrix
+    search(
+        "plan", "--treatment", "w8a8", "--components", 1
+    )  # a part of what vLLM multiplies by as one matrix
     ended = command("export", tiny_folder, run / "plan.json", tmp_path / "out", *arguments)
     assert (ended.code, len(ended.errors)) == (2, 1)
     assert "vLLM" in ended.errors[0]

@@ -16,5 +16,6 @@ T* pointer(Address address) {
 }
 
 void bind_decoder_layer(pybind11::module_& module);
+void bind_direct(pybind11::module_& module);
 
 }  // namespace dtm_fast

@@ -30,6 +30,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("INT8_LINEAR_MAX_K") = kInt8LinearMaxK;
 
   bind_decoder_layer(module);
+  bind_direct(module);
 
   module.def("detected_isa", [] { return static_cast<int>(detected_cpu_isa()); });
 

@@ -114,9 +114,11 @@ def rows(x: torch.Tensor) -> int:
 
 def gradient_needed(*tensors: object) -> bool:
     """Whether autograd will need a backward of an operation on these arguments, checked or not."""
-    return torch.is_grad_enabled() and any(
-        isinstance(each, torch.Tensor) and each.requires_grad for each in tensors
-    )
+    if torch.is_grad_enabled():
+        for each in tensors:
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                return True
+    return False
 
 
 def no_tangent(operation: str, *tensors: object) -> None:

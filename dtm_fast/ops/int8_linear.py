@@ -4,7 +4,7 @@ from typing import cast
 
 import torch
 
-from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops import backends, checks, direct, native
 from dtm_fast.ops.library import is_recorded, register
 from dtm_fast.ops.quantize_int8 import quantize_rows_reference
 
@@ -46,6 +46,8 @@ def int8_linear(
     if is_recorded(x, qweight, scale):
         checks.no_gradient_needed("int8_linear", x, scale, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, qweight, scale, bias, backend))
+    if backend is None and (y := direct.run("int8_linear", x, qweight, scale, bias)) is not None:
+        return y
     return _run(x, qweight, scale, bias, backend)
 
 

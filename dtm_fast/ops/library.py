@@ -20,9 +20,10 @@ def is_recorded(*tensors: object) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(
-        isinstance(each, torch.Tensor) and (type(each) not in _PLAIN or each.is_meta) for each in tensors
-    )
+    for each in tensors:  # noqa: SIM110 (a generator takes as long as all the rest)
+        if isinstance(each, torch.Tensor) and (type(each) not in _PLAIN or each.is_meta):
+            return True
+    return False
 
 
 def is_differentiated() -> bool:

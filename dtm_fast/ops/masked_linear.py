@@ -6,7 +6,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 
-from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops import backends, checks, direct, native
 from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.library import is_differentiated, is_recorded, register
 from dtm_fast.ops.mask_bits import check_packed, unpack_mask_reference
@@ -65,6 +65,12 @@ def masked_linear(
         checks.no_tangent("masked_linear", x, weight, bias)
     if is_recorded(x, weight, mask) and not is_differentiated():
         return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend, nested))
+    if (
+        backend is None
+        and not nested
+        and (y := direct.run("masked_linear", x, weight, mask, bias)) is not None
+    ):
+        return y
     # The backward of the reference twin is what torch derives from it.
     if backend != "reference" and checks.gradient_needed(x, weight, bias):
         return _differentiable(x, weight, mask, bias, backend, nested)

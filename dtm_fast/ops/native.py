@@ -48,6 +48,7 @@ def load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"dtm_fast.{name} is built but cannot be loaded: {error}"
 
 
+@functools.cache
 def detected_cpu_isa() -> str | None:
     """The best instruction set here that the kernels know; None if there is none or _cpu is missing."""
     module, _ = load("_cpu")
@@ -57,7 +58,17 @@ def detected_cpu_isa() -> str | None:
 
 def forced_cpu_isa() -> str | None:
     """What DTM_FAST_CPU_ISA (or use_cpu_isa) asks for. Raise InputError if this machine cannot run it."""
-    forced = _isa_override or os.environ.get(ISA_VARIABLE) or None
+    return _possible(_isa_override or _of_the_environment())
+
+
+@functools.cache
+def _of_the_environment() -> str | None:
+    """Read once, as oneDNN and others do: os.environ takes longer than a small product needs for its checks."""
+    return os.environ.get(ISA_VARIABLE) or None
+
+
+@functools.cache
+def _possible(forced: str | None) -> str | None:
     if forced is not None:
         detected = detected_cpu_isa()
         possible = ISAS[: ISAS.index(detected) + 1] if detected is not None else ISAS[:1]

@@ -4,7 +4,7 @@ from typing import cast
 
 import torch
 
-from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops import backends, checks, direct, native
 from dtm_fast.ops.autocast import without_autocast
 from dtm_fast.ops.library import is_recorded, register
 from dtm_fast.ops.sparse_weight import SparseWeight, check_shapes, entries
@@ -55,6 +55,10 @@ def packed_sparse_linear(
     if is_recorded(x, values):
         checks.no_gradient_needed("sparse_linear", x, values, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, values, columns, rows, steps, N, K, bias, backend))
+    if backend is None:
+        y = direct.run("sparse_linear", x, values, columns, rows, steps, N, K, bias)
+        if y is not None:
+            return y
     return _run(x, values, columns, rows, steps, N, K, bias, backend)
 
 
