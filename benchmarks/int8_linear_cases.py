@@ -11,6 +11,7 @@ from benchmarks.goals import GeometricMeanGoal, Goal
 from benchmarks.interleave import Contender, prepared
 from benchmarks.limits import INSTRUCTIONS, reading
 from dtm_fast import ops
+from dtm_fast.ops import large_pages
 from dtm_fast.ops.int8_linear import int8_linear_reference
 
 OPERATION = "int8_linear"
@@ -69,7 +70,8 @@ def _build(case: Case, compiled: bool) -> Contest:
     weight = torch.randn(case.N, case.K, generator=generator)
     x = torch.randn(case.M, case.K, generator=generator).to(case.dtype)
     qweight, scale = ops.quantize_int8(weight)
-    qweights = [qweight, *(qweight.clone() for _ in range(case.copies(qweight.nbytes) - 1))]
+    # Where Int8Linear has them; for all who take them as they are.
+    qweights = [large_pages.moved(qweight) for _ in range(case.copies(qweight.nbytes))]
 
     def quantized(name: str, prepare: Callable[..., torch_peers.Call], complaint: Complaint) -> Contender:
         return prepared(name, [lambda each=each: prepare(x, each, scale) for each in qweights], complaint)

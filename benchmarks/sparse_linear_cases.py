@@ -12,9 +12,12 @@ from benchmarks.goals import Goal
 from benchmarks.interleave import Contender, prepared
 from benchmarks.limits import INSTRUCTIONS
 from dtm_fast import ops
+from dtm_fast.ops import large_pages
 
 OPERATION = "sparse_linear"
 DENSE, ONEDNN, ONEDNN_TENSORS, CSR = "F.linear", "oneDNN", "aten::mkldnn_linear", "torch.sparse CSR"
+# Packed weights lie there; torch puts its tensors there only where THP_MEM_ALLOC_ENABLE=1 is set.
+ON_LARGE_PAGES = "F.linear on large pages"
 SHAPES = [(2048, 576, 576), (2048, 576, 1536), (2048, 1536, 576), (2048, 4096, 4096), (1, 4096, 4096)]
 # Density: how many times as fast as the dense product, with many tokens and with one.
 GOALS = {0.5: (1.0, 1.6), 0.25: (2.0, 3.0), 0.1: (4.0, 6.0), 0.05: (7.0, 9.0)}
@@ -103,6 +106,9 @@ def _build(case: Case) -> Contest:
         contenders.append(
             prepared(name, [lambda w=w, p=prepare: p(x, w) for w in dense], dense_complaint)  # type: ignore[misc]
         )
+    if case.M == 1:
+        moved = [lambda w=w: torch_peers.dense(x, large_pages.moved(w)) for w in dense]  # type: ignore[misc]
+        contenders.append(prepared(ON_LARGE_PAGES, moved, complaint))
     csr_bytes = int(kept.sum()) * (case.dtype.itemsize + 8)  # 8: the type of its columns is int64
     contenders.append(prepared(CSR, [lambda: csr(x, masked)] * case.copies(csr_bytes), complaint))
     return Contest(contenders, expected)

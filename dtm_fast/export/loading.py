@@ -23,6 +23,7 @@ from dtm_fast.export.stored_tensors import tensor_problems
 from dtm_fast.model import Decoder, check_vocabulary
 from dtm_fast.model.soundness import check_complete, check_finite, first_line
 from dtm_fast.nn import Int8Linear, SparseLinear
+from dtm_fast.ops import large_pages
 from dtm_fast.plan import Plan
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ def _int8_linear(linear: nn.Linear, weight: Tensor, scale: Tensor) -> Int8Linear
     """The layer of these numbers, with the bias and the mode of ``linear``."""
     layer = Int8Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     bias = {} if linear.bias is None else {"bias": linear.bias.detach()}
-    layer.load_state_dict({"weight": weight, "weight_scale": scale, **bias}, assign=True)
+    tensors = {"weight": large_pages.moved(weight), "weight_scale": scale, **bias}
+    layer.load_state_dict(tensors, assign=True)
     return layer.train(linear.training)
 
 

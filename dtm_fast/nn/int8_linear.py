@@ -7,6 +7,7 @@ from torch import nn
 
 from dtm_fast import ops
 from dtm_fast.nn.linear_layer import LinearLayer
+from dtm_fast.ops import large_pages
 
 
 class Int8Linear(LinearLayer):
@@ -63,7 +64,8 @@ class Int8Linear(LinearLayer):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        layer.weight, scale = ops.quantize_int8(linear.weight)
+        qweight, scale = ops.quantize_int8(linear.weight)
+        layer.weight = large_pages.moved(qweight)
         layer.weight_scale = scale[:, None]
         if linear.bias is not None:
             bias = linear.bias.detach()  # of float16 the layer takes neither inputs nor a bias

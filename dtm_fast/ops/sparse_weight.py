@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dtm_fast.ops import backends, checks, native
+from dtm_fast.ops import backends, checks, large_pages, native
 from dtm_fast.ops.mask_bits import check_packed, pack_mask, unpack_mask_reference
 
 BLOCK = 127
@@ -163,8 +163,8 @@ def _pack_cpu(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, .
     steps = mask.new_empty((cut.panels, cut.blocks, cut.groups), dtype=torch.uint8)
     order = (mask.data_ptr(), mask.stride(0), N, K, rows.data_ptr(), steps.data_ptr())
     cpu.sparse_order(threads, *order)
-    values = mask.new_empty((int(steps.sum()), LANES), dtype=torch.float32)
-    columns = mask.new_empty((int(_words(steps).sum()), LANES, WORD), dtype=torch.uint8)
+    values = large_pages.empty((int(steps.sum()), LANES), torch.float32)
+    columns = large_pages.empty((int(_words(steps).sum()), LANES, WORD), torch.uint8)
     cpu.sparse_pack(
         threads,
         native.FLOAT_TYPES[weight.dtype],
