@@ -9,8 +9,8 @@ namespace dtm_fast {
 namespace {
 
 constexpr int64_t kFewTokens = 3;
-constexpr int64_t kPrefetchBytes = 2048;      // into the L1 cache
-constexpr int64_t kFarPrefetchBytes = 12288;  // into the L2 cache
+constexpr int64_t kPrefetchBytes = 1024;     // into the L1 cache
+constexpr int64_t kFarPrefetchBytes = 4096;  // into the L2 cache
 
 template <FloatType type>
 void transpose_x_as(const void* x, int64_t x_stride, int64_t k0, int64_t depth, int64_t tokens, float* xt) {
@@ -200,17 +200,25 @@ __m512 x_at(const __m512 x[8], __m512i words) {
   return _mm512_mask_blend_ps(bit6, _mm512_mask_blend_ps(bit5, x0, x1), _mm512_mask_blend_ps(bit5, x2, x3));
 }
 
+void fetch_ahead(const float* values) {
+  const char* line = reinterpret_cast<const char*>(values);
+  _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+  _mm_prefetch(line + kFarPrefetchBytes, _MM_HINT_T1);
+}
+
+void fetch_ahead(const uint8_t* columns) {  // a line for every kSparseWord of values
+  const char* line = reinterpret_cast<const char*>(columns);
+  _mm_prefetch(line + kPrefetchBytes / kSparseWord, _MM_HINT_T0);
+  _mm_prefetch(line + kFarPrefetchBytes / kSparseWord, _MM_HINT_T1);
+}
+
 // The sums of one token over the steps of one group.
 __m512 add_group(const float* values, const uint8_t* columns, int64_t steps, const __m512 x[8], __m512 sum) {
   constexpr int64_t kLine = kSparseLanes * kSparseWord;
   for (; steps >= kSparseWord; steps -= kSparseWord, values += kLine, columns += kLine) {
     const __m512i words = _mm512_loadu_si512(columns);
-    for (int64_t j = 0; j < kSparseWord; ++j) {
-      const char* line = reinterpret_cast<const char*>(values + j * kSparseLanes);
-      _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
-      _mm_prefetch(line + kFarPrefetchBytes, _MM_HINT_T1);
-    }
-    _mm_prefetch(reinterpret_cast<const char*>(columns) + kPrefetchBytes / 4, _MM_HINT_T0);
+    for (int64_t j = 0; j < kSparseWord; ++j) fetch_ahead(values + j * kSparseLanes);
+    fetch_ahead(columns);
     sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), x_at<0>(x, words), sum);
     sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 16), x_at<1>(x, words), sum);
     sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 32), x_at<2>(x, words), sum);
@@ -218,6 +226,8 @@ __m512 add_group(const float* values, const uint8_t* columns, int64_t steps, con
   }
   if (steps > 0) {
     const __m512i words = _mm512_loadu_si512(columns);
+    for (int64_t j = 0; j + 1 < kSparseWord; ++j) fetch_ahead(values + j * kSparseLanes);
+    fetch_ahead(columns);
     sum = _mm512_fmadd_ps(_mm512_loadu_ps(values), x_at<0>(x, words), sum);
     if (steps > 1) sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 16), x_at<1>(x, words), sum);
     if (steps > 2) sum = _mm512_fmadd_ps(_mm512_loadu_ps(values + 32), x_at<2>(x, words), sum);
