@@ -95,7 +95,9 @@ def measure(
 ) -> Measurement:
     """Time the contenders that can run: `rounds` rounds, in each of which everyone runs `at_least` seconds.
 
-    Every turn begins with one call that is not timed, because the contender before has emptied the caches.
+    Before the first round every copy is read once: on a virtual machine the first pass over memory that has just been
+    written takes several times as long as any later one. Every turn begins with one call that is not timed, because the
+    contender before has emptied the caches.
     `disturbance` tells, at the end of a round, how much others disturbed it. Disturbed rounds are measured again, at
     most as many as were asked for, and the quietest are kept: chosen by what others did, never by our own times.
     """
@@ -105,7 +107,7 @@ def measure(
     turns = {each.name: _Turns(each.calls) for each in running}
     repetitions, warming = {}, {}
     for each in running:
-        turns[each.name].run(1)
+        turns[each.name].run(len(each.calls))
         start = clock()
         turns[each.name].run(1)
         seconds = max(clock() - start, 1e-9)

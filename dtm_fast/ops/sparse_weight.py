@@ -159,18 +159,26 @@ def _pack_cpu(weight: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, .
     cpu, _, threads = native.cpu_call()
     (N, K), cut = weight.shape, layout(*weight.shape)  # noqa: N806
     weight, mask = native.as_rows(weight), native.as_rows(mask)
-    rows = mask.new_empty((cut.panels, cut.blocks, cut.rows), dtype=torch.int16)
-    steps = mask.new_empty((cut.panels, cut.blocks, cut.groups), dtype=torch.uint8)
-    order = (mask.data_ptr(), mask.stride(0), N, K, rows.data_ptr(), steps.data_ptr())
-    cpu.sparse_order(threads, *order)
-    values = large_pages.empty((int(steps.sum()), LANES), torch.float32)
-    columns = large_pages.empty((int(_words(steps).sum()), LANES, WORD), torch.uint8)
+    order_of_rows = mask.new_empty((cut.panels, cut.blocks, cut.rows), dtype=torch.int16)
+    order_of_steps = mask.new_empty((cut.panels, cut.blocks, cut.groups), dtype=torch.uint8)
+    kept = (mask.data_ptr(), mask.stride(0), N, K)
+    cpu.sparse_order(threads, *kept, order_of_rows.data_ptr(), order_of_steps.data_ptr())
+    values, columns, rows, steps = large_pages.empty(
+        ((int(order_of_steps.sum()), LANES), torch.float32),
+        ((int(_words(order_of_steps).sum()), LANES, WORD), torch.uint8),
+        (order_of_rows.shape, torch.int16),
+        (order_of_steps.shape, torch.uint8),
+    )
+    rows.copy_(order_of_rows)
+    steps.copy_(order_of_steps)
     cpu.sparse_pack(
         threads,
         native.FLOAT_TYPES[weight.dtype],
         weight.data_ptr(),
         weight.stride(0),
-        *order,
+        *kept,
+        rows.data_ptr(),
+        steps.data_ptr(),
         values.data_ptr(),
         columns.data_ptr(),
     )
