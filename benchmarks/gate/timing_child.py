@@ -137,8 +137,9 @@ def _decoder_layer(arithmetic: str) -> Case:
 
     def prepare(ops: Any, generator: torch.Generator) -> Call:
         of = ops.decoder_layer
+        packed = getattr(ops, "layer_weights", of)  # older revisions have all in one file
         hidden, heads, kv_heads, head_dim, wide = _WIDTH, 9, 3, 64, 1536
-        shape = of.LayerShape(
+        shape = packed.LayerShape(
             hidden, heads, kv_heads, head_dim, wide, eps=1e-5, attention_scale=head_dim**-0.5
         )
         columns, positions = (heads + 2 * kv_heads) * head_dim, 128
@@ -149,8 +150,10 @@ def _decoder_layer(arithmetic: str) -> Case:
         angles, norm = torch.rand(positions, head_dim, generator=generator), torch.ones(hidden)
 
         def layer(chosen: Any) -> Any:
-            qkv, o, gate_up, down = (of.Projection(of.PackedMatrix.pack(each, chosen)) for each in weights)
-            return of.DecoderLayer(
+            qkv, o, gate_up, down = (
+                packed.Projection(packed.PackedMatrix.pack(each, chosen)) for each in weights
+            )
+            return packed.DecoderLayer(
                 *(chosen, shape, norm, norm, None, None, angles.cos(), angles.sin()),
                 (qkv,),
                 o,
@@ -160,12 +163,12 @@ def _decoder_layer(arithmetic: str) -> Case:
 
         x = torch.randn(4, positions, hidden, generator=generator)
         out, kv = torch.empty_like(x), torch.empty(4, positions, 2 * kv_heads * head_dim)
-        chosen, exact = of.Arithmetic[arithmetic], of.Arithmetic.FLOAT32
+        chosen, exact = packed.Arithmetic[arithmetic], packed.Arithmetic.FLOAT32
         states = {
             name: torch.empty(4, positions, width) for name, width in shape.widths.items() if name != "input"
         }
         of.decoder_layer(layer(exact), x, out, kv, keep=of.States(**states))
-        is_change = chosen == of.Arithmetic.CHANGE and of.has_arithmetic(chosen)
+        is_change = chosen == packed.Arithmetic.CHANGE and packed.has_arithmetic(chosen)
         base = of.States(input=x, **states) if is_change else of.States()
         entering = 0.1 * torch.randn(x.shape, generator=generator) if is_change else x
         timed = layer(chosen if is_change else exact)
