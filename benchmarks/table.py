@@ -153,7 +153,9 @@ def _times(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines += [
         "`× peer`: how many times as fast as the peer we are; below 1 the peer is faster. Share of roof: of what "
         "arithmetic and memory allow together for the least bytes, from the limits above. Others: the share of the "
-        "CPUs that other processes used in the row's median round.",
+        "CPUs that other processes used in the row's median round. Where Linux has large pages, weights of "
+        "`sparse_linear` lie on them, and those of `int8_linear` for all who take them as they are; what FBGEMM and "
+        "oneDNN pack, and dense weights, lie where torch puts them.",
         "",
     ]
     return lines
