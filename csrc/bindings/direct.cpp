@@ -19,20 +19,6 @@ namespace py = pybind11;
 namespace dtm_fast {
 namespace {
 
-// How an operation is to run.
-struct Call {
-  int isa, num_threads;
-  bool gradients;  // whether autograd may want some
-};
-
-FloatType float_type(const TensorView& x) {
-  return x.type == ElementType::kFloat32 ? FloatType::kFloat32 : FloatType::kBfloat16;
-}
-
-bool is_float(const TensorView& x) {
-  return x.type == ElementType::kFloat32 || x.type == ElementType::kBfloat16;
-}
-
 bool is_row_of(const TensorView& v, int64_t size) {
   return v.dims == 1 && v.shape[0] == size && v.has_whole_rows();
 }
@@ -47,15 +33,54 @@ bool all_finite(const float* values, int64_t count) {
   return all_ones == 0;
 }
 
+// Activations [..., K], float32 or bfloat16, and the result that an operation makes of them.
+class Activations {
+ public:
+  // Whether kernels can read x where it lies.
+  bool view(py::handle x, bool gradients) {
+    x_ = x;
+    return view_tensor(x, gradients, &view_) &&
+           (view_.type == ElementType::kFloat32 || view_.type == ElementType::kBfloat16) &&
+           view_rows(view_, &rows_);
+  }
+
+  ElementType element_type() const { return view_.type; }
+  FloatType type() const {
+    return view_.type == ElementType::kFloat32 ? FloatType::kFloat32 : FloatType::kBfloat16;
+  }
+  const void* data() const { return view_.data; }
+  int64_t stride() const { return rows_.stride; }
+  int64_t M() const { return rows_.count; }
+  int64_t K() const { return view_.last(); }
+
+  // The result [*leading, ..., N], into whose memory run(y) writes without the GIL.
+  template <typename Run>
+  py::object result(const int64_t* leading, int64_t leading_dims, int64_t N, const Run& run) const {
+    py::object y = new_result(x_, view_, leading, leading_dims, N);
+    TensorView view;
+    if (!view_tensor(y, false, &view)) return py::none();
+    {
+      py::gil_scoped_release release;
+      run(view.data);
+    }
+    return y;
+  }
+
+ private:
+  py::handle x_;
+  TensorView view_;
+  Rows rows_;
+};
+
 // A bias [N] or None, as kernels take it.
 class Bias {
  public:
-  // Whether it is one, of x's type, or float32 where that may be.
-  bool view(const Call& call, py::handle bias, int64_t N, const TensorView& x, bool may_be_float32) {
+  // Whether it is one, of the activations' type, or float32 where that may be.
+  bool view(py::handle bias, bool gradients, int64_t N, ElementType type, bool may_be_float32) {
     if (bias.is_none()) return true;
     TensorView found;
-    if (!view_tensor(bias, call.gradients, &found) || !is_row_of(found, N)) return false;
-    if (found.type != x.type && !(may_be_float32 && found.type == ElementType::kFloat32)) return false;
+    if (!view_tensor(bias, gradients, &found) || !is_row_of(found, N)) return false;
+    if (found.type != type && !(may_be_float32 && found.type == ElementType::kFloat32)) return false;
     if (found.type == ElementType::kFloat32) {
       data_ = reinterpret_cast<const float*>(found.data);
       return true;
@@ -74,114 +99,88 @@ class Bias {
   std::vector<float> widened_;
 };
 
-// The address of a result that has just been made.
-void* address_of(py::handle y) {
-  TensorView view;
-  return view_tensor(y, false, &view) ? view.data : nullptr;
-}
-
-py::object int8_linear_directly(int isa, int num_threads, bool gradients, py::handle x, py::handle qweight,
-                                py::handle scale, py::handle bias) {
-  const Call call = {isa, num_threads, gradients};
-  TensorView vx, vq, vs;
-  Rows rows;
+// gradients: whether autograd may want some.
+py::object int8_linear_directly(int isa, int num_threads, bool gradients, py::handle x_object,
+                                py::handle qweight, py::handle scale, py::handle bias) {
+  Activations x;
+  TensorView q, s;
   Bias b;
-  if (!view_tensor(x, gradients, &vx) || !is_float(vx) || !view_rows(vx, &rows)) return py::none();
-  if (!view_tensor(qweight, false, &vq) || !vq.is(ElementType::kInt8, 2) || !vq.has_whole_rows()) {
+  if (!x.view(x_object, gradients)) return py::none();
+  if (!view_tensor(qweight, false, &q) || !q.is(ElementType::kInt8, 2) || !q.has_whole_rows()) {
     return py::none();
   }
-  const int64_t N = vq.shape[0], K = vq.shape[1];
-  if (K != vx.last() || K > kInt8LinearMaxK) return py::none();
-  if (!view_tensor(scale, gradients, &vs) || vs.type != ElementType::kFloat32 || !is_row_of(vs, N)) {
+  const int64_t N = q.shape[0], K = q.shape[1];
+  if (K != x.K() || K > kInt8LinearMaxK) return py::none();
+  if (!view_tensor(scale, gradients, &s) || s.type != ElementType::kFloat32 || !is_row_of(s, N)) {
     return py::none();
   }
-  const auto* scales = reinterpret_cast<const float*>(vs.data);
-  if (!all_finite(scales, N) || !b.view(call, bias, N, vx, true)) return py::none();
-  py::object y = new_result(x, vx, nullptr, 0, N);
-  void* const to = address_of(y);
-  if (to == nullptr) return py::none();
-  {
-    py::gil_scoped_release release;
+  const auto* scales = reinterpret_cast<const float*>(s.data);
+  if (!all_finite(scales, N) || !b.view(bias, gradients, N, x.element_type(), true)) return py::none();
+  return x.result(nullptr, 0, N, [&](void* y) {
     int8_linear(CpuIsa(isa),
-                {float_type(vx), vx.data, rows.stride, reinterpret_cast<int8_t*>(vq.data), vq.strides[0],
-                 scales, b.data(), rows.count, N, K, to},
+                {x.type(), x.data(), x.stride(), reinterpret_cast<int8_t*>(q.data), q.strides[0], scales,
+                 b.data(), x.M(), N, K, y},
                 num_threads);
-  }
-  return y;
+  });
 }
 
-py::object masked_linear_directly(int isa, int num_threads, bool gradients, py::handle x, py::handle weight,
-                                  py::handle mask, py::handle bias) {
-  const Call call = {isa, num_threads, gradients};
-  TensorView vx, vw, vm;
-  Rows rows;
+py::object masked_linear_directly(int isa, int num_threads, bool gradients, py::handle x_object,
+                                  py::handle weight, py::handle mask, py::handle bias) {
+  Activations x;
+  TensorView w, m;
   Bias b;
-  if (!view_tensor(x, gradients, &vx) || !is_float(vx) || !view_rows(vx, &rows)) return py::none();
-  if (!view_tensor(weight, gradients, &vw) || !vw.is(vx.type, 2) || !vw.has_whole_rows()) return py::none();
-  const int64_t N = vw.shape[0], K = vw.shape[1];
-  if (K != vx.last() || K % 8 != 0)
-    return py::none();  // bits behind the last column would have to be looked at
-  if (!view_tensor(mask, false, &vm) || vm.type != ElementType::kUint8 || vm.dims < 2 || vm.dims > 3 ||
-      !vm.has_whole_rows() || vm.last() != K / 8 || vm.last(1) != N) {
+  if (!x.view(x_object, gradients)) return py::none();
+  if (!view_tensor(weight, gradients, &w) || !w.is(x.element_type(), 2) || !w.has_whole_rows()) {
     return py::none();
   }
-  if (!b.view(call, bias, N, vx, false)) return py::none();
-  const bool several = vm.dims == 3;
-  const int64_t V = several ? vm.shape[0] : 1;
-  py::object y = new_result(x, vx, vm.shape, several ? 1 : 0, N);
-  void* const to = address_of(y);
-  if (to == nullptr) return py::none();
-  {
-    py::gil_scoped_release release;
-    masked_linear(
-        CpuIsa(isa),
-        {float_type(vx), vx.data, rows.stride, vw.data, vw.strides[0], reinterpret_cast<uint8_t*>(vm.data),
-         vm.strides[vm.dims - 2], several ? vm.strides[0] : 0, b.data(), V, rows.count, N, K, to},
-        num_threads);
+  const int64_t N = w.shape[0], K = w.shape[1];
+  if (K != x.K() || K % 8 != 0) return py::none();  // bits behind the last column would have to be looked at
+  if (!view_tensor(mask, false, &m) || m.type != ElementType::kUint8 || m.dims < 2 || m.dims > 3 ||
+      !m.has_whole_rows() || m.last() != K / 8 || m.last(1) != N) {
+    return py::none();
   }
-  return y;
+  if (!b.view(bias, gradients, N, x.element_type(), false)) return py::none();
+  const bool several = m.dims == 3;
+  return x.result(m.shape, several ? 1 : 0, N, [&](void* y) {
+    masked_linear(CpuIsa(isa),
+                  {x.type(), x.data(), x.stride(), w.data, w.strides[0], reinterpret_cast<uint8_t*>(m.data),
+                   m.strides[m.dims - 2], several ? m.strides[0] : 0, b.data(), several ? m.shape[0] : 1,
+                   x.M(), N, K, y},
+                  num_threads);
+  });
 }
 
-py::object sparse_linear_directly(int isa, int num_threads, bool gradients, py::handle x, py::handle values,
-                                  py::handle columns, py::handle rows, py::handle steps, int64_t N, int64_t K,
-                                  py::handle bias) {
-  const Call call = {isa, num_threads, gradients};
-  TensorView vx, vv, vc, vr, vs;
-  Rows x_rows;
+py::object sparse_linear_directly(int isa, int num_threads, bool gradients, py::handle x_object,
+                                  py::handle values, py::handle columns, py::handle rows, py::handle steps,
+                                  int64_t N, int64_t K, py::handle bias) {
+  Activations x;
+  TensorView v, c, r, s;
   Bias b;
-  if (!view_tensor(x, gradients, &vx) || !is_float(vx) || !view_rows(vx, &x_rows)) return py::none();
-  if (!view_tensor(values, gradients, &vv) || !vv.is(ElementType::kFloat32, 2) || !vv.is_contiguous() ||
-      !view_tensor(columns, false, &vc) || !vc.is(ElementType::kUint8, 3) || !vc.is_contiguous() ||
-      !view_tensor(rows, false, &vr) || !vr.is(ElementType::kInt16, 3) || !vr.is_contiguous() ||
-      !view_tensor(steps, false, &vs) || !vs.is(ElementType::kUint8, 3) || !vs.is_contiguous()) {
+  if (!x.view(x_object, gradients) || N < 0 || K != x.K()) return py::none();
+  if (!view_tensor(values, gradients, &v) || !v.is(ElementType::kFloat32, 2) || !v.is_contiguous() ||
+      !view_tensor(columns, false, &c) || !c.is(ElementType::kUint8, 3) || !c.is_contiguous() ||
+      !view_tensor(rows, false, &r) || !r.is(ElementType::kInt16, 3) || !r.is_contiguous() ||
+      !view_tensor(steps, false, &s) || !s.is(ElementType::kUint8, 3) || !s.is_contiguous()) {
     return py::none();
   }
-  if (N < 0 || K != vx.last()) return py::none();
   const SparseLayout cut = sparse_layout(N, K);
-  if (vv.last() != kSparseLanes || vc.last() != kSparseWord || vc.last(1) != kSparseLanes ||
-      vr.shape[0] != cut.panels || vr.shape[1] != cut.blocks || vr.shape[2] != cut.panel_rows ||
-      vs.shape[0] != cut.panels || vs.shape[1] != cut.blocks || vs.shape[2] != cut.groups) {
+  if (v.last() != kSparseLanes || c.last() != kSparseWord || c.last(1) != kSparseLanes ||
+      r.shape[0] != cut.panels || r.shape[1] != cut.blocks || r.shape[2] != cut.panel_rows ||
+      s.shape[0] != cut.panels || s.shape[1] != cut.blocks || s.shape[2] != cut.groups) {
     return py::none();
   }
-  if (!b.view(call, bias, N, vx, false)) return py::none();
-  py::object y = new_result(x, vx, nullptr, 0, N);
-  void* const to = address_of(y);
-  if (to == nullptr) return py::none();
-  {
-    py::gil_scoped_release release;
-    sparse_linear(
-        CpuIsa(isa),
-        {float_type(vx),
-         vx.data,
-         x_rows.stride,
-         {reinterpret_cast<float*>(vv.data), vv.shape[0], reinterpret_cast<uint8_t*>(vc.data), vc.shape[0],
-          reinterpret_cast<uint16_t*>(vr.data), reinterpret_cast<uint8_t*>(vs.data), N, K},
-         b.data(),
-         x_rows.count,
-         to},
-        num_threads);
-  }
-  return y;
+  if (!b.view(bias, gradients, N, x.element_type(), false)) return py::none();
+  const SparseWeight weight = {reinterpret_cast<float*>(v.data),
+                               v.shape[0],
+                               reinterpret_cast<uint8_t*>(c.data),
+                               c.shape[0],
+                               reinterpret_cast<uint16_t*>(r.data),
+                               reinterpret_cast<uint8_t*>(s.data),
+                               N,
+                               K};
+  return x.result(nullptr, 0, N, [&](void* y) {
+    sparse_linear(CpuIsa(isa), {x.type(), x.data(), x.stride(), weight, b.data(), x.M(), y}, num_threads);
+  });
 }
 
 }  // namespace

@@ -295,9 +295,8 @@ class DeviceLayers:
         start = first_difference(self.treatments, {}, self.depth)
         hidden, row = self.shape.hidden, 4 * self.count  # bytes of a position in one column of a state
         size = row * self.positions * (sum(self.shape.widths.values()) - hidden)
-        between = (
-            (self.depth + 1) * row * (self.positions + 1) * hidden
-        )  # the model's have the last token, too
+        # The model's states between the layers have the last token, too.
+        between = (self.depth + 1) * row * (self.positions + 1) * hidden
         left = None if memory is None else max(0, memory - between)
         kept = self.depth if left is None else min(self.depth, left // size)
         x: Tensor | None = None
