@@ -109,14 +109,16 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(before)
-        with torch.cuda.stream(self._stream):  # of its device
-            work()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
+        try:
+            with torch.cuda.stream(self._stream):  # of its device
                 work()
-            finally:
-                graph.capture_end()
-        before.wait_stream(self._stream)
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
+        finally:  # what has run writes memory that others may be given next, also where the rest failed
+            before.wait_stream(self._stream)
 
         def replay() -> None:
             with torch.cuda.device(self._device):

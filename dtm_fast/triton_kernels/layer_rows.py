@@ -5,6 +5,8 @@ import triton  # type: ignore[import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
+from dtm_fast.triton_kernels.tuning import current_device_of
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As ``device_rows.rms_norm``."""
@@ -29,9 +31,10 @@ def change_norm(x: Tensor, change: Tensor, weight: Tensor, eps: float) -> Tensor
     if out.numel() == 0:
         return out
     block = triton.next_power_of_2(width)
-    _change_norm_kernel[(x.numel() // width,)](
-        x, change, weight, out, width, eps, BLOCK=block, num_warps=min(16, max(1, block // 512))
-    )
+    with current_device_of(x):
+        _change_norm_kernel[(x.numel() // width,)](
+            x, change, weight, out, width, eps, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        )
     return out
 
 
@@ -48,20 +51,21 @@ def change_gated(gate: Tensor, up: Tensor, d_gate: Tensor | None, d_up: Tensor |
     if out.numel() == 0:
         return out
     block = min(2048, triton.next_power_of_2(width))
-    _change_gated_kernel[(rows, triton.cdiv(width, block))](
-        gate,
-        up,
-        given[0] if d_gate is None else d_gate,
-        given[0] if d_up is None else d_up,
-        out,
-        gate.stride(0),
-        given[0].stride(0),
-        width,
-        HAS_GATE=d_gate is not None,
-        HAS_UP=d_up is not None,
-        BLOCK=block,
-        num_warps=8,
-    )
+    with current_device_of(gate):
+        _change_gated_kernel[(rows, triton.cdiv(width, block))](
+            gate,
+            up,
+            given[0] if d_gate is None else d_gate,
+            given[0] if d_up is None else d_up,
+            out,
+            gate.stride(0),
+            given[0].stride(0),
+            width,
+            HAS_GATE=d_gate is not None,
+            HAS_UP=d_up is not None,
+            BLOCK=block,
+            num_warps=8,
+        )
     return out
 
 
@@ -78,18 +82,19 @@ def _norm(
     if rows == 0:
         return
     block = triton.next_power_of_2(width)
-    _norm_kernel[(rows,)](
-        x,
-        x if branch is None else branch,
-        x if total is None else total,
-        weight,
-        out,
-        width,
-        eps,
-        HAS_BRANCH=branch is not None,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-    )
+    with current_device_of(x):
+        _norm_kernel[(rows,)](
+            x,
+            x if branch is None else branch,
+            x if total is None else total,
+            weight,
+            out,
+            width,
+            eps,
+            HAS_BRANCH=branch is not None,
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+        )
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -100,21 +105,22 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    _rotate_kernel[(rows * length,)](
-        x,
-        cosine,
-        sine,
-        out,
-        x.stride(0),
-        x.stride(1),
-        length,
-        heads,
-        HALF=width // 2,
-        HALF_BLOCK=triton.next_power_of_2(width // 2),
-        HEADS=triton.next_power_of_2(min(heads, 32)),
-        num_warps=4,
-        enable_fp_fusion=False,  # float32 products are rounded before they are added, too
-    )
+    with current_device_of(x):
+        _rotate_kernel[(rows * length,)](
+            x,
+            cosine,
+            sine,
+            out,
+            x.stride(0),
+            x.stride(1),
+            length,
+            heads,
+            HALF=width // 2,
+            HALF_BLOCK=triton.next_power_of_2(width // 2),
+            HEADS=triton.next_power_of_2(min(heads, 32)),
+            num_warps=4,
+            enable_fp_fusion=False,  # float32 products are rounded before they are added, too
+        )
     return out
 
 
@@ -128,9 +134,10 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     block = min(2048, triton.next_power_of_2(width))
-    _gated_kernel[(gates.shape[0], triton.cdiv(width, block))](
-        gates, ups, out, gates.stride(0), width, BLOCK=block, num_warps=8
-    )
+    with current_device_of(gate):
+        _gated_kernel[(gates.shape[0], triton.cdiv(width, block))](
+            gates, ups, out, gates.stride(0), width, BLOCK=block, num_warps=8
+        )
     return out
 
 

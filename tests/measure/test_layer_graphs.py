@@ -1,11 +1,13 @@
 """Recorded layers, by a recorder that runs the work again on the same memory, as a graph does."""
 
+import contextlib
+
 import pytest
 import torch
 from measurements import assert_same, some
 
 import dtm_fast as dtm
-from dtm_fast.measure.layer_graphs import _MOST_SHAPES, LayerGraphs, Work
+from dtm_fast.measure.layer_graphs import _MOST_SHAPES, CudaGraphs, LayerGraphs, Work
 
 pytestmark = pytest.mark.once
 
@@ -117,3 +119,41 @@ def test_what_cannot_be_recorded_is_said_once_and_launched_as_before(llama, make
     assert len(warned) == 1
     for one, other in zip(found, plain.measure(configurations, ()), strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("runs", [0, 1, 2])
+def test_the_streams_wait_for_each_other_also_where_recording_fails(monkeypatch, runs):
+    """What a warm-up has begun writes memory that the caller's stream may be given next."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def capture_begin(self, **options: object) -> None:
+            log.append("begin")
+
+        def capture_end(self) -> None:
+            log.append("end")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def work() -> None:
+        if log.count("work") == runs:
+            raise RuntimeError("out of memory")
+        log.append("work")
+
+    fails = pytest.raises(RuntimeError, match="out of memory") if runs < 2 else contextlib.nullcontext()
+    with fails:
+        CudaGraphs(torch.device("cuda"))(work)
+    parts = {0: [], 1: ["work", "begin", "end"], 2: ["work", "begin", "work", "end"]}
+    assert log == ["side waits for main", *parts[runs], "main waits for side"]

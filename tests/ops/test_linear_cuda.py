@@ -261,6 +261,46 @@ def test_every_operation_can_be_captured_in_a_graph(cuda, rows):
             assert torch.equal(y, call(x)), name
 
 
+@pytest.mark.parametrize("kernel", ["few_tokens", "few_tokens_stream"])
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("width", [256, 2048])
+def test_a_call_in_a_graph_reads_what_the_one_before_has_written(cuda, kernel, rows, width):
+    """These kernels are launched before the one before has ended: a lost wait would show here and nowhere else."""
+    if kernel == "few_tokens_stream" and not is_hopper():
+        pytest.skip("compute capability 9.0 is needed")
+    weight = (torch.randn(width, width, device=cuda) * (2 / width) ** 0.5).bfloat16()
+    mask = ops.pack_mask(torch.rand(width, width, device=cuda) < 0.5)
+    qweight, scale = ops.quantize_int8(weight * 0.5**0.5)
+
+    def chain(x: Tensor, after_each: Callable[[], None]) -> list[Tensor]:
+        found = [x]
+        for _ in range(50):
+            found.append(int8_linear_cuda(found[-1], qweight, scale, None, kernel))
+            after_each()
+            found.append(masked_linear_cuda(found[-1], weight, mask, None, kernel))
+            after_each()
+        return found[1:]
+
+    x = torch.randn(rows, width, device=cuda).bfloat16()
+    chain(x, torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(x, lambda: None)
+    for _ in range(20):
+        # Every time of another x: what the run before has left would be right otherwise.
+        x.copy_(torch.randn(rows, width, device=cuda))
+        expected = chain(x, torch.cuda.synchronize)
+        for each in found:
+            each.fill_(torch.nan)
+        graph.replay()
+        wrong = [
+            i
+            for i, (ours, right) in enumerate(zip(found, expected, strict=True))
+            if not torch.equal(ours, right)
+        ]
+        assert not wrong
+
+
 def test_two_streams_at_once(cuda):
     for name, call in operations(cuda).items():
         given = [tokens(rows, 1024, torch.bfloat16, cuda) for rows in (200, 7)]
