@@ -109,7 +109,8 @@ py::object int8_linear_directly(int isa, int num_threads, bool gradients, py::ha
   if (!view_tensor(qweight, false, &q) || !q.is(ElementType::kInt8, 2) || !q.has_whole_rows()) {
     return py::none();
   }
-  const int64_t N = q.shape[0], K = q.shape[1];
+  // Shapes and strides lie in the tensors, which others may change once the GIL is released.
+  const int64_t N = q.shape[0], K = q.shape[1], q_stride = q.strides[0];
   if (K != x.K() || K > kInt8LinearMaxK) return py::none();
   if (!view_tensor(scale, gradients, &s) || s.type != ElementType::kFloat32 || !is_row_of(s, N)) {
     return py::none();
@@ -118,7 +119,7 @@ py::object int8_linear_directly(int isa, int num_threads, bool gradients, py::ha
   if (!all_finite(scales, N) || !b.view(bias, gradients, N, x.element_type(), true)) return py::none();
   return x.result(nullptr, 0, N, [&](void* y) {
     int8_linear(CpuIsa(isa),
-                {x.type(), x.data(), x.stride(), reinterpret_cast<int8_t*>(q.data), q.strides[0], scales,
+                {x.type(), x.data(), x.stride(), reinterpret_cast<int8_t*>(q.data), q_stride, scales,
                  b.data(), x.M(), N, K, y},
                 num_threads);
   });
@@ -133,7 +134,7 @@ py::object masked_linear_directly(int isa, int num_threads, bool gradients, py::
   if (!view_tensor(weight, gradients, &w) || !w.is(x.element_type(), 2) || !w.has_whole_rows()) {
     return py::none();
   }
-  const int64_t N = w.shape[0], K = w.shape[1];
+  const int64_t N = w.shape[0], K = w.shape[1], w_stride = w.strides[0];
   if (K != x.K() || K % 8 != 0) return py::none();  // bits behind the last column would have to be looked at
   if (!view_tensor(mask, false, &m) || m.type != ElementType::kUint8 || m.dims < 2 || m.dims > 3 ||
       !m.has_whole_rows() || m.last() != K / 8 || m.last(1) != N) {
@@ -141,11 +142,12 @@ py::object masked_linear_directly(int isa, int num_threads, bool gradients, py::
   }
   if (!b.view(bias, gradients, N, x.element_type(), false)) return py::none();
   const bool several = m.dims == 3;
-  return x.result(m.shape, several ? 1 : 0, N, [&](void* y) {
+  const int64_t V = several ? m.shape[0] : 1, mask_stride = several ? m.strides[0] : 0;
+  const int64_t row_stride = m.strides[m.dims - 2];
+  return x.result(&V, several ? 1 : 0, N, [&](void* y) {
     masked_linear(CpuIsa(isa),
-                  {x.type(), x.data(), x.stride(), w.data, w.strides[0], reinterpret_cast<uint8_t*>(m.data),
-                   m.strides[m.dims - 2], several ? m.strides[0] : 0, b.data(), several ? m.shape[0] : 1,
-                   x.M(), N, K, y},
+                  {x.type(), x.data(), x.stride(), w.data, w_stride, reinterpret_cast<uint8_t*>(m.data),
+                   row_stride, mask_stride, b.data(), V, x.M(), N, K, y},
                   num_threads);
   });
 }

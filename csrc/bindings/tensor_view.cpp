@@ -58,7 +58,10 @@ ElementType element_type(const DlTensor& tensor) {
   }
 }
 
-bool is_false(py::object answer) { return answer.ptr() == Py_False; }
+bool is_false(py::object answer) {
+  if (answer.ptr() == nullptr) throw py::error_already_set();
+  return answer.ptr() == Py_False;
+}
 
 }  // namespace
 

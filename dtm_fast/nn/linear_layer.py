@@ -8,8 +8,10 @@ from torch import nn
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """What torch.autocast casts to on the device of x; None where it is off, or is not, as on meta."""
+    """What torch.autocast casts x to; None where it leaves x as it is, is off, or is not, as on meta."""
     device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return None
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
@@ -39,7 +41,7 @@ class LinearLayer(nn.Module):
         return linear.train(self.training)
 
     def autocast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x and the bias, under torch.autocast in its dtype, as torch.nn.Linear casts them."""
+        """x and the bias, under torch.autocast in its dtype, as torch.nn.Linear casts them: not float64, nor integers."""
         dtype = autocast_dtype(x)
         if dtype is None:
             return x, self.bias

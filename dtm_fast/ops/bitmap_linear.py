@@ -40,7 +40,7 @@ def bitmap_linear(
     if not isinstance(weight, BitmapWeight):
         raise TypeError(f"weight: expected a BitmapWeight, got {type(weight).__name__}")
     packed = (weight.bits, weight.begins, weight.values, weight.N, weight.K)
-    if is_recorded(x, weight.values):
+    if is_recorded(x, weight.values, weight.bits, weight.begins, bias):
         checks.no_gradient_needed("bitmap_linear", x, weight.values, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, *packed, bias, backend))
     return _run(x, *packed, bias, backend)

@@ -25,6 +25,17 @@ def tensor(name: str, value: object, dtypes: Collection[torch.dtype]) -> None:
         raise TypeError(
             f"{name}: expected values as they lie in memory, got a negated view; call .resolve_neg()"
         )
+    if _has_lost_its_memory(value):
+        raise TypeError(f"{name}: expected a tensor with data, got one whose storage has none")
+
+
+def _has_lost_its_memory(value: torch.Tensor) -> bool:
+    """Whether it has elements, but nowhere: FSDP frees storages, functional tensors have none. A kernel would read 0."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or not (value.is_cpu or value.is_cuda):
+        return False
+    if value.numel() == 0 or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return False
+    return value.data_ptr() == 0
 
 
 def count(name: str, value: object) -> None:

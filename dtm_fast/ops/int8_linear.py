@@ -43,7 +43,7 @@ def int8_linear(
 
     Source: LLM.int8(), Dettmers et al. 2022 (vector-wise quantization).
     """
-    if is_recorded(x, qweight, scale):
+    if is_recorded(x, qweight, scale, bias):
         checks.no_gradient_needed("int8_linear", x, scale, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, qweight, scale, bias, backend))
     if backend is None and (y := direct.run("int8_linear", x, qweight, scale, bias)) is not None:

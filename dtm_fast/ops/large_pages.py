@@ -41,8 +41,11 @@ def empty(*parts: tuple[Sequence[int], torch.dtype]) -> list[torch.Tensor]:
 
 
 def moved(value: torch.Tensor) -> torch.Tensor:
-    """A copy on large pages of a tensor that is large enough for them and on the CPU; any other is returned itself."""
-    if value.device.type != "cpu" or _pages(value.nbytes) == 0:
+    """A copy on large pages of a tensor that is large enough for them and on the CPU; any other is returned itself.
+
+    So are tensors of subclasses, such as fake ones, which say that they are on the CPU and have no memory.
+    """
+    if value.device.type != "cpu" or type(value) is not torch.Tensor or _pages(value.nbytes) == 0:
         return value
     (room,) = empty((value.shape, value.dtype))
     return room.copy_(value)

@@ -63,7 +63,7 @@ def masked_linear(
     """
     if backend != "reference":
         checks.no_tangent("masked_linear", x, weight, bias)
-    if is_recorded(x, weight, mask) and not is_differentiated():
+    if is_recorded(x, weight, mask, bias) and not is_differentiated():
         return cast(torch.Tensor, _OPERATOR(x, weight, mask, bias, backend, nested))
     if (
         backend is None

@@ -52,7 +52,7 @@ def packed_sparse_linear(
     backend: str | None = None,
 ) -> torch.Tensor:
     """As sparse_linear, of the tensors of a SparseWeight."""
-    if is_recorded(x, values):
+    if is_recorded(x, values, columns, rows, steps, bias):
         checks.no_gradient_needed("sparse_linear", x, values, bias)  # the operator has none
         return cast(torch.Tensor, _OPERATOR(x, values, columns, rows, steps, N, K, bias, backend))
     if backend is None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dtm_fast import ops
+from dtm_fast import nn, ops
 
 DRAW = torch.Generator().manual_seed(0)
 X, WEIGHT = torch.randn(5, 40, generator=DRAW), torch.randn(12, 40, generator=DRAW)
@@ -59,3 +59,17 @@ def test_a_certificate_made_and_used_there_proves_the_same() -> None:
     for name, kept in vars(outside).items():
         if isinstance(kept, torch.Tensor):
             assert torch.equal(getattr(certificate, name), kept), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+@pytest.mark.parametrize("layer", [nn.Int8Linear, nn.MaskedLinear, nn.SparseLinear])
+def test_a_layer_casts_there_what_torchs_own_does_and_refuses_the_rest(layer, dtype) -> None:
+    linear = torch.nn.Linear(40, 12)
+    x = torch.ones(5, 40, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.from_linear(linear)(X).dtype == linear(X).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="same dtype"):
+            linear(x)
+        with pytest.raises(TypeError, match=r"^x: expected dtype torch.float32 or torch.bfloat16, got"):
+            layer.from_linear(linear)(x)
