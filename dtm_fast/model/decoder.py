@@ -51,7 +51,8 @@ class Component:
     def parameter(self) -> nn.Parameter:
         """The module's weight as it stores it."""
         weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
+        if not isinstance(weight, nn.Parameter):
+            raise ComponentError(f"{self.path}: its weight is computed from other parameters, not one itself")
         return weight
 
     @property

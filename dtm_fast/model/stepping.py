@@ -178,13 +178,15 @@ def head_input_after(
 
 
 def has_plain_head(model: PreTrainedModel, calls: list[LayerCall], tokens: Tensor, hidden: Tensor) -> bool:
-    """Whether the logits are ``F.linear(x, weight)`` and nothing else: no bias, no soft cap, no scale.
+    """Whether the logits are ``F.linear(x, weight)`` and nothing else: no bias, no soft cap, no scale, no hook.
 
     Arguments as ``logits_after``; the last position is looked at.
     """
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         return False
+    if head._forward_pre_hooks or head._forward_hooks or "forward" in vars(head):
+        return False  # x would not be what the final norm gives, or is not all that is done
     products: list[Tensor] = []
     # Of the very rows that the model multiplies: a product of fewer may differ in the last bits.
     handle = head.register_forward_hook(

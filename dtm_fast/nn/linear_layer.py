@@ -41,7 +41,7 @@ class LinearLayer(nn.Module):
         return linear.train(self.training)
 
     def autocast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x and the bias, under torch.autocast in its dtype, as torch.nn.Linear casts them: not float64, nor integers."""
+        """x and the bias, under torch.autocast in its dtype, as torch.nn.Linear casts them."""
         dtype = autocast_dtype(x)
         if dtype is None:
             return x, self.bias

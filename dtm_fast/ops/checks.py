@@ -30,7 +30,7 @@ def tensor(name: str, value: object, dtypes: Collection[torch.dtype]) -> None:
 
 
 def _has_lost_its_memory(value: torch.Tensor) -> bool:
-    """Whether it has elements, but nowhere: FSDP frees storages, functional tensors have none. A kernel would read 0."""
+    """Whether it has elements, but nowhere: FSDP frees storages, functional tensors have none."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or not (value.is_cpu or value.is_cuda):
         return False
     if value.numel() == 0 or torch._C._functorch.is_functorch_wrapped_tensor(value):

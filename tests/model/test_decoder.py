@@ -117,3 +117,13 @@ def test_layers_without_matrices_are_refused():
     model.layers = nn.ModuleList([nn.LayerNorm(4)])
     with pytest.raises(ModelError, match=r"layers of Module \(layers\) hold no weight matrix"):
         Decoder.of(model)
+
+
+def test_a_weight_that_is_computed_from_others_is_said(llama):
+    up = llama.model.layers[1].mlp.up_proj
+    torch.nn.utils.parametrizations.weight_norm(up)
+    component = Decoder.of(llama).component("model.layers.1.mlp.up_proj")
+    with pytest.raises(
+        ComponentError, match=r"^model.layers.1.mlp.up_proj: its weight is computed from other"
+    ):
+        _ = component.weight

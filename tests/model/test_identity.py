@@ -52,3 +52,26 @@ def test_a_tokenizer_is_known_by_its_vocabulary():
     known = tokenizer_identity(tiny.tokenizer_of_characters())
     assert tokenizer_identity(tiny.tokenizer_of_characters()) == known
     assert tokenizer_identity(tiny.tokenizer_of_characters(extra=1)) != known
+
+
+def test_rotary_frequencies_that_were_rounded_make_another_model():
+    once = tiny.model_of("llama").bfloat16().float()
+    once.model.rotary_emb.inv_freq.copy_(tiny.model_of("llama").model.rotary_emb.inv_freq / 3)
+    before = model_identity(once)
+    twice = once.bfloat16().float()
+    assert model_identity(twice) != before
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_pass_over_a_long_text_makes_no_other_model(kind):
+    long = {"factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4} if kind == "longrope" else {}
+    model = tiny.model_of(
+        "llama", rope_parameters={"rope_type": kind, **long, **factors}, max_position_embeddings=16
+    )
+    before = model_identity(model)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    with torch.no_grad():
+        model(torch.arange(40)[None])
+    assert not torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert model_identity(model) == before

@@ -1,4 +1,4 @@
-"""Arguments whose elements lie nowhere, or elsewhere: they are refused or computed by their own rules, never read as 0."""
+"""Arguments whose elements lie nowhere, or elsewhere: refused or computed by their own rules, never read as 0."""
 
 from collections.abc import Callable
 
@@ -71,7 +71,7 @@ def test_a_subclass_computes_by_its_own_rules(operation: str, name: str) -> None
 @pytest.mark.parametrize("operation", CALLS)
 def test_what_is_raised_while_an_argument_is_looked_at_arrives(operation: str, asked: str) -> None:
     class Interrupted(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_function__(self, function, types, args=(), kwargs=None):
             name = getattr(getattr(function, "__self__", function), "__name__", "")
             if name == asked:
                 raise KeyboardInterrupt
