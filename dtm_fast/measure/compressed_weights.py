@@ -1,5 +1,6 @@
 """Compressed weights, packed for the fused kernel; the ones used last are kept."""
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -24,6 +25,7 @@ class CompressedWeights:
         self._bound = bound
         self._size = 0
         self._known: OrderedDict[_Key, tuple[PackedMatrix, PackedMatrix | None]] = OrderedDict()
+        self._changes: dict[_Key, float] = {}
 
     @torch.no_grad()
     def packed(
@@ -41,13 +43,39 @@ class CompressedWeights:
         compressed = _compressed(component, treatment)
         change = None
         if arithmetic.is_change:
-            change = PackedMatrix.pack(compressed - _compressed(component, base), arithmetic)
+            of_base = _compressed(component, base)
+            difference = compressed - of_base
+            self._changes[key] = relative_change(difference, of_base)
+            change = PackedMatrix.pack(difference, arithmetic)
         pair = (PackedMatrix.pack(compressed, arithmetic), change)
         self._known[key] = pair
         self._size += _bytes(pair)
         while self._size > self._bound and len(self._known) > 1:
             self._size -= _bytes(self._known.popitem(last=False)[1])
         return pair
+
+    def relative_change(
+        self,
+        component: Component,
+        treatment: Treatment | None,
+        arithmetic: Arithmetic,
+        base: Treatment | None = None,
+    ) -> float:
+        """``‖W' - W‖ / ‖W‖``, where W is the base's weight; arguments as ``packed``, by differences."""
+        key = (component.path, _name(treatment), arithmetic, _name(base))
+        if key not in self._changes:
+            self.packed(component, treatment, arithmetic, base)
+        return self._changes[key]
+
+
+def relative_change(difference: Tensor, weight: Tensor) -> float:
+    """``‖difference‖ / ‖weight‖``; 0 where nothing differs, and infinite where only the weight is 0."""
+    change, size = (
+        float(torch.linalg.vector_norm(each, dtype=torch.float32)) for each in (difference, weight)
+    )
+    if change == 0:
+        return 0.0
+    return change / size if size else math.inf
 
 
 def _compressed(component: Component, treatment: Treatment | None) -> Tensor:

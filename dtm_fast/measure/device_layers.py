@@ -2,13 +2,14 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration, compressed_weight
+from dtm_fast.compression import Configuration, Treatment, compressed_weight
+from dtm_fast.measure.compressed_weights import relative_change
 from dtm_fast.measure.device_change import BaseStates, TreatedWeight, base_states, run_change
 from dtm_fast.measure.device_layer import DeviceLayer, KeysAndValues, moved
 from dtm_fast.measure.device_rows import has_triton
@@ -71,6 +72,7 @@ class DeviceLayers:
         self._shares = tuple(shares) if shares else None
         self._weights = _Weights(self.decoder, max(_KEPT, memory // 4))
         self._rounded: dict[str, Tensor] = {}
+        self._changes: dict[tuple[str, ...], float] = {}
         self._inner: dict[int, BaseStates] = {}
         self._paths = {path for layer in layers for path in layer.paths}
         self._earlier: dict[int, tuple[list[int], KeysAndValues]] = {}
@@ -143,6 +145,20 @@ class DeviceLayers:
         return all(
             path in self._paths and not treatment.treats_input for path, treatment in treatments.items()
         )
+
+    @torch.no_grad()
+    def largest_change(self, by_layer: Mapping[int, Configuration]) -> float:
+        """As ``PartLayers.largest_change``."""
+        found = [0.0]
+        for layer in {**self.treatments, **by_layer}:
+            own = by_layer.get(layer, {})
+            for _, path in self._differing(layer, own):
+                key = (path, *(_name(each.get(path)) for each in (own, self.treatments.get(layer, {}))))
+                if key not in self._changes:
+                    base = self._weight_of(path, self.treatments.get(layer, {}))
+                    self._changes[key] = relative_change(self._weight_of(path, own) - base, base)
+                found.append(self._changes[key])
+        return max(found)
 
     def run(
         self,
@@ -229,12 +245,10 @@ class DeviceLayers:
         own, paths = self._layers[layer], self._layers[layer].paths
         base = self.treatments.get(layer, {})
         treated = {}
-        for index, path in enumerate(paths):
-            its, was = treatments.get(path), base.get(path)
-            if (its and its.key) != (was and was.key):
-                weight = self._weight_of(path, treatments)
-                difference = (weight - self._weight_of(path, base)).bfloat16()
-                treated[index] = TreatedWeight(weight.bfloat16(), difference)
+        for index, path in self._differing(layer, treatments):
+            weight = self._weight_of(path, treatments)
+            difference = (weight - self._weight_of(path, base)).bfloat16()
+            treated[index] = TreatedWeight(weight.bfloat16(), difference)
         earlier = self._earlier_of(layer, rows) if first > 0 and layer in self._earlier else None
         self._earlier.pop(layer, None)
         rounded = [self._rounded_weight(path, base) for path in paths]
@@ -244,6 +258,13 @@ class DeviceLayers:
         if end < self.positions and known is not None:
             self._earlier[layer] = rows, known
         return out
+
+    def _differing(self, layer: int, treatments: Configuration) -> Iterator[tuple[int, str]]:
+        """The projections that are treated otherwise than in the base, and their paths."""
+        base = self.treatments.get(layer, {})
+        for index, path in enumerate(self._layers[layer].paths):
+            if _name(treatments.get(path)) != _name(base.get(path)):
+                yield index, path
 
     def _weight_of(self, path: str, treatments: Configuration) -> Tensor:
         if path in treatments:
@@ -317,6 +338,10 @@ class DeviceLayers:
         weights = sum(module.weight.numel() for _, module in self._layers[0].parts.projections)
         of_products = torch.bfloat16 if self._by_differences else self.decoder.model.dtype
         return 2 * weights * self.count * self.positions / _RATES[of_products]
+
+
+def _name(treatment: Treatment | None) -> str:
+    return "" if treatment is None else treatment.key
 
 
 class _Weights:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from dtm_fast.compression import Configuration
-from dtm_fast.measure.first_divergence import FirstDivergence, error_of
+from dtm_fast.measure.difference_error import error_of
+from dtm_fast.measure.first_divergence import FirstDivergence
 from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.measure.prefix_tree import key_of
 from dtm_fast.ops.layer_weights import Arithmetic
@@ -32,16 +33,26 @@ class Doubt:
     found: FirstDivergence
 
 
-def settle(layers: PartLayers, head: PartHead, doubts: Sequence[Doubt], prefix: int) -> None:
-    """Corrects FDT and lead where finer arithmetic says otherwise, the exact one where nothing else is certain."""
+def settle(
+    layers: PartLayers, head: PartHead, doubts: Sequence[Doubt], prefix: int, scale: float = 1.0
+) -> None:
+    """Corrects FDT and lead where finer arithmetic says otherwise, the exact one where nothing else is certain.
+
+    ``scale``: how many times ``error_of`` differences may err.
+    """
     for arithmetic in layers.finer:
-        doubts = _settled_by(arithmetic, layers, head, doubts, prefix)
+        doubts = _settled_by(arithmetic, layers, head, doubts, prefix, scale)
     assert not doubts, "the last arithmetic is exact"
 
 
 @torch.no_grad()
 def _settled_by(
-    arithmetic: Arithmetic, layers: PartLayers, head: PartHead, doubts: Sequence[Doubt], prefix: int
+    arithmetic: Arithmetic,
+    layers: PartLayers,
+    head: PartHead,
+    doubts: Sequence[Doubt],
+    prefix: int,
+    scale: float,
 ) -> list[Doubt]:
     """Corrects what this arithmetic is certain of, and returns what is still in doubt.
 
@@ -82,7 +93,7 @@ def _settled_by(
         at = prefix - 1 + position
         state = x[index : index + 1, at : at + 1]
         hidden.append(layers.head_input(state, arithmetic, [doubt.probe], at, at + 1)[0])
-        errors.append(error_of(arithmetic, layers.depth - doubt.start, layers.shape.hidden))
+        errors.append(scale * error_of(arithmetic, layers.depth - doubt.start, layers.shape.hidden))
     probes, positions = [doubt.probe for doubt, _, _ in places], [position for _, _, position in places]
     decided = head.decide_at(torch.cat(hidden), probes, positions, errors).cpu()
     left = []

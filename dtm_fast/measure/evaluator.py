@@ -17,6 +17,7 @@ from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure.complete_pass import Columns, CompletePass
 from dtm_fast.measure.device_layer import DeviceLayer, device_layers_of
 from dtm_fast.measure.device_layers import DeviceLayers
+from dtm_fast.measure.difference_error import error_scale
 from dtm_fast.measure.first_pass import FirstPass, Results
 from dtm_fast.measure.floor import Floor, self_divergence
 from dtm_fast.measure.free_memory import free_memory
@@ -101,11 +102,15 @@ class Evaluator:
         if layers == "differences" and not provable:
             raise ModelError("differences need a head of which decisions can be proved")
         self._head = self._head_of(fused) if provable else None
+        self._scale: float | None = 1.0
         self._first: FirstPass | None = None
         decides: PartHead | None = None
         if self._layers is not None and self._head is not None:
             decides = self._part_head(self._layers)
-            self._first = FirstPass(self._layers, decides, probes.prefix)
+            self._scale = self._error_scale(self._layers)
+            if self._scale is None:
+                self.engine += " (without differences: their error is too large on this model)"
+            self._first = FirstPass(self._layers, decides, probes.prefix, self._scale)
         self._complete = CompletePass(self._model_layers, self._layers, self._head, decides)
 
     def _own_layers(self, layers: Engine) -> tuple[list[LayerParts] | None, list[DeviceLayer] | None, str]:
@@ -123,6 +128,12 @@ class Evaluator:
             if layers != "auto":
                 raise
             return None, None, str(error)
+
+    def _error_scale(self, layers: FusedLayers | DeviceLayers) -> float | None:
+        if not layers.arithmetic.is_change:
+            return 1.0
+        module: Any = self.model.get_output_embeddings()
+        return error_scale(layers, module.weight.detach(), self.probes.tokens, self.probes.prefix)
 
     def _head_of(self, fused: FusedLayers | DeviceLayers | None) -> Head:
         module: Any = self.model.get_output_embeddings()
@@ -193,7 +204,9 @@ class Evaluator:
         if memory is None:
             memory = (free_memory(self.model.device) + sum(each.nbytes for each in rooms)) // 2
         other._layers = of_the_model.rebased(configuration, memory, rooms)
-        other._first = FirstPass(other._layers, self._part_head(other._layers), self.probes.prefix)
+        other._first = FirstPass(
+            other._layers, self._part_head(other._layers), self.probes.prefix, self._scale
+        )
         return other
 
     def _states_given_up(self, of_the_model: FusedLayers | DeviceLayers) -> list[States]:
@@ -204,7 +217,7 @@ class Evaluator:
             return []
         states = self._layers.states_given_up()
         self._layers = of_the_model
-        self._first = FirstPass(of_the_model, self._part_head(of_the_model), self.probes.prefix)
+        self._first = FirstPass(of_the_model, self._part_head(of_the_model), self.probes.prefix, self._scale)
         return states
 
     @property

@@ -1,6 +1,5 @@
 """FDT of one configuration: completions in parts, and probes leave once they diverge."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,28 +12,8 @@ from dtm_fast.measure.head import Decisions
 from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.ops.layer_weights import Arithmetic
 
-# By how much CHANGE may misjudge the distance of a hidden state to the border of a decision, in units of how far that
-# state is from the base's. Measured on SmolLM2 (28 single components, 22,400 positions): after 1, 14 and 29 layers
-# the median error is 0.6, 1.4 and 1.9e-4, the 99.9th percentile 5, 15 and 29e-4, the largest 5, 26 and 35e-4. What
-# is allowed here is 1.5 to 2 times that percentile. An error that points anywhere has a share of 1 / sqrt(D) in the
-# direction that counts: a smaller hidden size than SmolLM2's is allowed more. FINE_CHANGE, which rounds to 2^-17
-# instead of 2^-9, errs by 0.4 and 3e-5 after 30 layers of a pruned component (the same percentiles); of smaller changes
-# what float32 loses of the states is the larger part, as in the exact arithmetic.
-_ERROR = 8e-4
-_ERROR_OF_A_LAYER = 1.6e-4
-_MEASURED_HIDDEN = 576
-_FINENESS = 2**-7
-
 Steps = Sequence[tuple[int, Configuration]]
 """Layers to run, in order, and what is done to the components of each."""
-
-
-def error_of(arithmetic: Arithmetic, layers: int, hidden: int) -> float:
-    """How far a distance to a decision may be off after so many layers of this hidden size."""
-    if not arithmetic.is_change:
-        return 0.0
-    error = (_ERROR + _ERROR_OF_A_LAYER * layers) * max(1.0, math.sqrt(_MEASURED_HIDDEN / hidden))
-    return error * _FINENESS if arithmetic == Arithmetic.FINE_CHANGE else error
 
 
 @dataclass(eq=False)

@@ -9,8 +9,9 @@ from torch import Tensor
 from dtm_fast.compression import Configuration
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.complete_pass import Columns
+from dtm_fast.measure.difference_error import changes_much, error_of
 from dtm_fast.measure.doubts import Doubt, settle
-from dtm_fast.measure.first_divergence import FirstDivergence, error_of, first_divergence
+from dtm_fast.measure.first_divergence import FirstDivergence, first_divergence
 from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.measure.prefix_tree import Node, first_difference, layers_of, tree_of, walk
 from dtm_fast.measure.racing import Contest, Dropped, Name, name_of
@@ -38,13 +39,16 @@ class FirstPass:
         layers: run.
         head: decides.
         prefix: n of the probes.
+        scale: how many times ``error_of`` differences may err on this model (``error_scale``); None: they are not used.
     """
 
-    def __init__(self, layers: PartLayers, head: PartHead, prefix: int) -> None:
+    def __init__(self, layers: PartLayers, head: PartHead, prefix: int, scale: float | None = 1.0) -> None:
         """Measures nothing yet."""
         self._layers = layers
         self._head = head
         self._prefix = prefix
+        self._scale = scale or 1.0
+        self._fastest = layers.exact if scale is None else layers.arithmetic
         self._completion = layers.positions + 1 - prefix
         self.layer_evaluations = 0
         """Layers run so far."""
@@ -59,19 +63,19 @@ class FirstPass:
             configurations: none of them empty.
             contest: says whom to drop; it is told of everyone who was measured.
         """
-        for arithmetic in (self._layers.arithmetic, self._layers.exact):
+        for arithmetic in (self._fastest, self._layers.exact):
             chosen = [i for i, c in enumerate(configurations) if self._arithmetic_of(c) == arithmetic]
             if not chosen:
                 continue
             for indices, result in self._walked([configurations[i] for i in chosen], arithmetic, contest):
                 yield [chosen[index] for index in indices], result
-            if self._layers.arithmetic == self._layers.exact:
+            if self._fastest == self._layers.exact:
                 return
 
     def _arithmetic_of(self, configuration: Configuration) -> Arithmetic:
         """What the kernels do not know is not computed by differences either."""
         known = self._layers.can_run_in_parts(configuration)
-        return self._layers.arithmetic if known else self._layers.exact
+        return self._fastest if known else self._layers.exact
 
     def _walked(
         self, configurations: Sequence[Configuration], arithmetic: Arithmetic, contest: Contest | None
@@ -99,19 +103,16 @@ class FirstPass:
                     continue
             by_layer = layers_of(self._layers.decoder, configuration)
             start = first_difference(by_layer, self._layers.treatments, self._layers.depth)
-            error = error_of(arithmetic, self._layers.depth - start, self._layers.shape.hidden)
+            its = arithmetic
+            if arithmetic.is_change and changes_much(self._layers, by_layer):
+                its, state = self._layers.exact, None
+                steps = [(layer, by_layer.get(layer, {})) for layer in range(start, self._layers.depth)]
+            error = self._scale * error_of(its, self._layers.depth - start, self._layers.shape.hidden)
             self.layer_evaluations += len(steps)
             referee = None if contest is None else contest.referee(configuration)
             try:
                 found = first_divergence(
-                    self._layers,
-                    self._head,
-                    state,
-                    steps,
-                    arithmetic,
-                    self._prefix,
-                    error,
-                    referee,
+                    self._layers, self._head, state, steps, its, self._prefix, error, referee
                 )
             except MeasurementError as failure:
                 yield indices, failure
@@ -152,7 +153,7 @@ class FirstPass:
     def _settled(self, waiting: list[_Waiting], contest: Contest | None) -> Results:
         doubts = [doubt for each in waiting for doubt in each.doubts]
         self.doubts += len(doubts)
-        settle(self._layers, self._head, doubts, self._prefix)
+        settle(self._layers, self._head, doubts, self._prefix, self._scale)
         for each in waiting:
             if contest is not None:
                 contest.take(each.configuration, each.found.fdt)

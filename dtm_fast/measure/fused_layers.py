@@ -1,14 +1,14 @@
 """The layers of a decoder of Llama's kind by the fused kernel, on states that are kept of the base."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration, compressed_weight
+from dtm_fast.compression import Configuration, Treatment, compressed_weight
 from dtm_fast.errors import ModelError
 from dtm_fast.measure.compressed_weights import CompressedWeights
 from dtm_fast.measure.model_layers import ModelLayers
@@ -136,6 +136,14 @@ class FusedLayers:
     def can_run_in_parts(self, treatments: Configuration) -> bool:
         """Whether a layer with these treatments can be run on some of the positions."""
         return all(self._is_known(path, treatments) for path in treatments)
+
+    def largest_change(self, by_layer: Mapping[int, Configuration]) -> float:
+        """As ``PartLayers.largest_change``."""
+        found = [0.0]
+        for layer in {**self.treatments, **by_layer}:
+            for component, _, own, its in self._differing(layer, by_layer.get(layer, {})):
+                found.append(self._weights.relative_change(component, own, self.arithmetic, its))
+        return max(found)
 
     def run(
         self,
@@ -271,13 +279,8 @@ class FusedLayers:
         self, layer: int, treatments: Configuration, arithmetic: Arithmetic, from_base: bool
     ) -> DecoderLayer:
         weights = self._layer(layer, arithmetic)
-        base = self.treatments.get(layer, {})
         indices = []
-        for path in dict.fromkeys((*base, *treatments)):
-            own, its = treatments.get(path), base.get(path)
-            if own is not None and its is not None and own.key == its.key:
-                continue
-            component, index = self._place_of(layer, path)
+        for component, index, own, its in self._differing(layer, treatments):
             weight, change = self._weights.packed(component, own, arithmetic, its)
             projection = replace(weights.projections[index], weight=weight, change=change)
             weights = weights.with_projection(index, projection)
@@ -285,6 +288,16 @@ class FusedLayers:
         if from_base and layer in self._inner and indices:
             weights = replace(weights, start=weights.start_of(min(indices)))
         return weights
+
+    def _differing(
+        self, layer: int, treatments: Configuration
+    ) -> Iterator[tuple[Component, int, Treatment | None, Treatment | None]]:
+        """The components that are treated otherwise than in the base, their projections, and what is done in either."""
+        base = self.treatments.get(layer, {})
+        for path in dict.fromkeys((*base, *treatments)):
+            own, its = treatments.get(path), base.get(path)
+            if own is None or its is None or own.key != its.key:
+                yield *self._place_of(layer, path), own, its
 
     def _run_model(
         self,

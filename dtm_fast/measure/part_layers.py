@@ -52,6 +52,10 @@ class PartLayers(Protocol):
         """Whether a layer with these treatments can be run on some of the positions."""
         ...
 
+    def largest_change(self, by_layer: Mapping[int, Configuration]) -> float:
+        """``max(‖W' - W‖ / ‖W‖)`` over the weights whose treatment is another than the base's; 0 if there is none."""
+        ...
+
     def run(
         self,
         layer: int,

@@ -7,7 +7,7 @@ from measurements import Ruin, assert_same, some
 
 import dtm_fast as dtm
 from dtm_fast.errors import MeasurementError, ModelError
-from dtm_fast.measure import first_divergence
+from dtm_fast.measure import difference_error
 from dtm_fast.measure.device_change import TreatedWeight, base_states, run_change
 from dtm_fast.measure.racing import fdt75, name_of
 
@@ -109,7 +109,7 @@ def test_a_measurement_has_the_same_bits_whatever_else_is_measured(evaluator, dr
 
 
 def test_what_is_all_in_doubt_is_computed_exactly(llama, make_probes, draw_configuration, monkeypatch):
-    monkeypatch.setattr(first_divergence, "_ERROR", 1e6)
+    monkeypatch.setattr(difference_error, "_ERROR", 1e6)
     probes = make_probes(llama, 6)
     configurations = some(dtm.components(llama), draw_configuration, 12)
     evaluator = evaluator_of(llama, probes)
