@@ -21,8 +21,15 @@ from dtm_fast.measure import EXTRA_METRICS, Floor, Measurement
 from dtm_fast.plan import Plan
 from dtm_fast.plan.recorded import OnFinished
 
-out = Console()
-err = Console(stderr=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """As any other output does; rich would end the program with 1, which says that a check failed."""
+        raise BrokenPipeError
+
+
+out = _Console()
+err = _Console(stderr=True)
 
 _LINE_EVERY = 60.0  # seconds between two lines of a progress without an end
 

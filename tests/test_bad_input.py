@@ -100,6 +100,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: BertConfig(architectures=["BertModel"]).save_pretrained(f),
         "not a causal language model: BertModel",
     ),
+    "architectures that are none": (
+        lambda f: change_config(f, architectures=[0]),
+        r"architectures: expected names, got \[0\]|no usable model configuration: ",
+    ),
     "T5": (lambda f: T5Config().save_pretrained(f), "not a causal language model: t5"),
     "vision": (
         lambda f: ViTConfig(architectures=["ViTModel"]).save_pretrained(f),
@@ -195,6 +199,7 @@ def test_a_model_that_is_not_there(tmp_path, text_file, command, name, expected)
 
 
 OPTIONS = {
+    "--batch-size 99999999999999999999": "batch_size must be at most 2147483647, not 99999999999999999999",
     "--treatment int9": "no treatment 'int9'; known: int8, w8a8, llm_int8, int4, gptq, prune",
     "--treatment prune(1.5)": r"Prune: sparsity must lie in \[0, 1\], not 1\.5",
     "--treatment prune": "treatment 'prune': wrong arguments for prune",

@@ -234,6 +234,15 @@ def test_a_measurement_that_breaks_ends_with_1(tiny_folder, tmp_path, command, o
     ]
 
 
+def test_the_model_that_breaks_is_the_one_that_is_named(tiny_folder, tmp_path, command, options, llama):
+    with torch.no_grad():
+        llama.model.norm.weight.fill_(3e38)  # finite, as its logits are not
+    broken = tiny.save(tmp_path / "broken", llama)
+    ended = command("evaluate", tiny_folder, broken, *options)
+    assert ended.code == 1
+    assert ended.errors == ["error: the compressed model: the model's logits are not finite"]
+
+
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tiny_folder, tmp_path, command, options, monkeypatch):
     plain, calls = dtm.Int8.compress, []
 

@@ -299,6 +299,11 @@ def test_llama_quantize_is_told_nothing_where_the_export_cannot_be(search, comma
     ended = command("export", tiny_folder, run / "plan.json", run, "--llama-quantize", file)
     assert (ended.code, len(ended.errors)) == (2, 1)
     assert "there is something already" in ended.errors[0]
+    for place in (tmp_path / "none" / "types.txt", tmp_path):
+        ended = command("export", tiny_folder, run / "plan.json", tmp_path / "out", "--llama-quantize", place)
+        assert (ended.code, len(ended.errors)) == (2, 1)
+        assert f"{place}: cannot be written: " in ended.errors[0]
+        assert not (tmp_path / "out").exists()
     arguments = ("--llama-quantize", file, "--for-vllm")
     search(
         "plan", "--treatment", "w8a8", "--components", 1

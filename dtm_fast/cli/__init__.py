@@ -5,8 +5,9 @@ import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -21,6 +22,8 @@ from dtm_fast.ops.native import forced_cpu_isa
 from dtm_fast.runs import RunDirectory
 from dtm_fast.version import __version__
 
+_BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
+
 
 class _Commands(TyperGroup):
     """What all commands begin and end with."""
@@ -30,10 +33,14 @@ class _Commands(TyperGroup):
         forced_cpu_isa()
         try:
             ended = super().invoke(ctx)
+            if sys.stdout is not None:  # as it is where it was closed before
+                sys.stdout.flush()
         except KeyboardInterrupt:
             console.show_note("interrupted: what was not finished is not kept")
             raise typer.Exit(130) from None
-        sys.stdout.flush()
+        except BrokenPipeError:  # who read has seen enough, as of other programs
+            _write_nowhere()
+            raise typer.Exit(_BROKEN_PIPE) from None
         return ended
 
 
@@ -89,7 +96,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
 
 
 def main() -> None:
-    """Runs the command line; exit codes: 0 ok, 1 a check failed, 2 usage or unusable input, 130 interrupted."""
+    """Runs the command line; exit codes: 0 ok, 1 a check failed, 2 what cannot be used or written, 130."""
     # Their functions would import both, which takes seconds; a command that needs a model imports them later.
     os.environ.update(
         TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"
@@ -101,15 +108,23 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        console.show_error(str(error))
-        sys.exit(2)
+        _end(str(error), 2)
     except (MeasurementError, TrainingError) as error:
-        console.show_error(str(error))
-        sys.exit(1)
+        _end(str(error), 1)
     except OSError as error:
         if error.filename is not None:
-            raise
-        # What stays in the buffer would fail once more when Python ends.
+            _end(f"{error.filename}: {error.strerror}", 2)
+        _write_nowhere()
+        _end(f"the output cannot be written: {error.strerror}", 2)
+
+
+def _end(why: str, code: int) -> NoReturn:
+    with suppress(OSError):  # where nothing can be said the code says it
+        console.show_error(why)
+    sys.exit(code)
+
+
+def _write_nowhere() -> None:
+    """What stays in the buffer would fail once more when Python ends."""
+    if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        console.show_error(f"the output cannot be written: {error.strerror}")
-        sys.exit(2)

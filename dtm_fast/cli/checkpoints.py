@@ -25,7 +25,7 @@ from dtm_fast.cli.setting import check_probes, print_json, summaries
 from dtm_fast.errors import ModelError
 from dtm_fast.export import export_checkpoint, export_llama_quantize, load_export, validate
 from dtm_fast.export.checkpoint import check_free
-from dtm_fast.export.llama_quantize import tensor_types
+from dtm_fast.export.llama_quantize import check_writable, tensor_types
 from dtm_fast.measure import DEFAULT_SOURCE, EXTRA_METRICS, Probes, ReferenceEvaluator, read_documents
 from dtm_fast.model import Calibration, Decoder, load_model
 from dtm_fast.plan import Plan, Stop
@@ -100,6 +100,7 @@ def export(
     decoder = Decoder.of(loaded, calibrated)
     if llama_quantize is not None:
         tensor_types(made, decoder)  # raises before anything is written
+        check_writable(llama_quantize)
     said = export_checkpoint(loaded, tokenizer, made, folder, calibration=calibrated, for_vllm=for_vllm)
     written = [folder]
     if llama_quantize is not None:

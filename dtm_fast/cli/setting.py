@@ -53,6 +53,7 @@ from dtm_fast.version import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MOST = 2**31 - 1  # of tokens or probes: no machine has room for so many
 _MOST_GIB = 2**20  # more than any machine has, so that no bound is infinite
 _LAYERS: tuple[Literal["auto", "fused", "transformers"], ...] = ("auto", "fused", "transformers")
 
@@ -130,6 +131,8 @@ def check_probes(prefix: int, completion: int, probes: int, batch_size: int) -> 
     for name, value in numbers.items():
         if value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, not {value}")
+        if value > _MOST:
+            raise InputError(f"{name} must be at most {_MOST}, not {value}")
 
 
 def check_evaluator(name: str, memory: float | None) -> None:

@@ -1,11 +1,13 @@
 """Checkpoints of a training: folders of safetensors and JSON, each of which is there whole or not at all."""
 
+import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -98,28 +100,54 @@ def remove_checkpoints(folder: Path) -> None:
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """``folder`` appears with all that ``write`` puts into the empty one it is given, and stays after a power cut.
 
+    Of several processes that write the same one, the first to end has written it.
+
     Raises:
-        RunError: it cannot be written; then nothing of it is left.
+        RunError: it cannot be written, or is there with something in it; then nothing of this is left.
     """
-    unfinished = folder.with_name(_UNFINISHED + folder.name)
     try:
-        # A process that was killed may have left one.
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        try:
-            write(unfinished)
-            allowed = unfinished.stat().st_mode & 0o666  # by the umask
-            for path in (*unfinished.rglob("*"), unfinished):
-                if path.is_file():  # safetensors writes for the owner alone
-                    path.chmod(allowed)
-                make_durable(path)
-            unfinished.rename(folder)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+        with _unfinished_one(folder) as unfinished:
+            try:
+                write(unfinished)
+                allowed = unfinished.stat().st_mode & 0o666  # by the umask
+                for path in (*unfinished.rglob("*"), unfinished):
+                    if path.is_file():  # safetensors writes for the owner alone
+                        path.chmod(allowed)
+                    make_durable(path)
+                unfinished.rename(folder)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
         make_durable(folder.parent)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{folder}: cannot be written: {first_line(error)}") from error
+
+
+@contextmanager
+def _unfinished_one(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder`` that is this process's own; those of processes that were killed are removed."""
+    name = _UNFINISHED + folder.name
+    with ExitStack() as held:
+        with ExitStack() as meanwhile:  # nobody else makes or removes any
+            with suppress(OSError):  # a file system without locks
+                _lock(meanwhile, folder.parent, fcntl.LOCK_EX)
+            for path in folder.parent.iterdir():
+                if re.fullmatch(re.escape(name) + "(-[0-9a-f]{8})?", path.name):
+                    with ExitStack() as trying, suppress(OSError):
+                        _lock(trying, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(path, ignore_errors=True)
+            own = folder.with_name(f"{name}-{secrets.token_hex(4)}")
+            own.mkdir()
+            with suppress(OSError):
+                _lock(held, own, fcntl.LOCK_EX)
+        yield own
+
+
+def _lock(held: ExitStack, folder: Path, how: int) -> None:
+    """Held until ``held`` is left, or the process ends in whatever way. Raises OSError where another one has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, handle)
+    fcntl.flock(handle, how)
 
 
 def is_checkpoint(name: str) -> bool:

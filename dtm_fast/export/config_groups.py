@@ -22,6 +22,16 @@ _FORMATS = {
 }
 
 
+_TYPES = {
+    "num_bits": (int,),
+    "type": (str,),
+    "symmetric": (bool,),
+    "strategy": (str,),
+    "group_size": (int,),
+    "dynamic": (bool, str),
+}
+
+
 @dataclass(frozen=True)
 class Arguments:
     """How a tensor is quantized; defaults are those of compressed-tensors."""
@@ -35,8 +45,11 @@ class Arguments:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "Arguments":
-        """What a config says of it; what this class does not name is left out."""
+        """What a config says of it; what this class does not name is left out. TypeError where it is no such value."""
         said = {name: given[name] for name in cls.__dataclass_fields__ if given.get(name) is not None}
+        for name, value in said.items():
+            if type(value) not in _TYPES[name]:
+                raise TypeError(f"{name}: {value!r}")
         if "strategy" not in said:
             size = said.get("group_size")
             said["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"

@@ -76,6 +76,15 @@ def tensor_types(plan: Plan, decoder: Decoder) -> str:
     return "\n".join(lines) + "\n"
 
 
+def check_writable(file: str | Path) -> None:
+    """Raise RunError where ``export_llama_quantize`` could not write this file, before anything else is written."""
+    folder = os.path.dirname(file) or "."
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise RunError(f"{file}: cannot be written: {folder} is no folder to write to")
+    if os.path.isdir(file):
+        raise RunError(f"{file}: cannot be written: it is a folder")
+
+
 def _line(name: str, kind: str) -> str:
     return f"^{re.escape(name)}$={kind}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ def read_skeleton(folder: Path) -> tuple[PreTrainedConfig, PreTrainedModel]:
     Raises:
         ModelError: there is no config.json, or none of a causal language model.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: the folder has no config.json, so it is no Hugging Face model")
+    if not os.path.isfile(folder / "config.json"):  # is_file raises where a folder may not be looked into
+        raise ModelError(
+            f"{folder}: the folder has no config.json that can be read, so it is no Hugging Face model"
+        )
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

@@ -51,7 +51,7 @@ def _from_file(path: Path) -> list[str]:
         if line.strip():
             try:
                 document = _text_of(json.loads(line))
-            except (json.JSONDecodeError, ProbeError):
+            except (ValueError, RecursionError, ProbeError):  # JSON of 5,000 digits, or as deep
                 raise ProbeError(
                     f"{path}, line {number}: neither a JSON string nor an object with text, prompt or content"
                 ) from None

@@ -98,7 +98,9 @@ class ReferenceEvaluator:
                 with change:
                     logits = logits_before(self.model, tokens, first_predicted(metrics, n))
             except MeasurementError as error:
-                raise MeasurementError(f"{describe(configuration)}: {error}") from error
+                other = not configuration and self.model is not self.base
+                whose = "the compressed model" if other else describe(configuration)
+                raise MeasurementError(f"{whose}: {error}") from error
 
             def base_logits(tokens: Tensor = tokens) -> Tensor:
                 return logits_before(self.base, tokens, n)

@@ -103,8 +103,10 @@ def _locate(name: str) -> str | Path:
     path = Path(os.path.expanduser(name))
     # os.path answers False where Path would raise: a name too long, a folder that may not be looked into.
     if os.path.isdir(path):
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{name}: the folder has no config.json, so it is no Hugging Face model")
+        if not os.path.isfile(path / "config.json"):
+            raise ModelError(
+                f"{name}: the folder has no config.json that can be read, so it is no Hugging Face model"
+            )
         return path
     if os.path.isfile(path):
         if path.suffix != ".gguf":

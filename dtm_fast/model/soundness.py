@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ def check_causal(name: str | Path, config: PretrainedConfig) -> None:
         for architecture in ([entry] if isinstance(entry, str) else entry)
     }
     architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise ModelError(f"{name}: architectures: expected names, got {architectures!r}")
     causal = any(a in known for a in architectures) or (
         not architectures and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     )
@@ -44,6 +47,8 @@ def check_safetensors(folder: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
+            if not os.access(file, os.R_OK):  # safetensors would say that it is not there
+                raise ModelError(f"{file}: may not be read") from error
             raise ModelError(f"{file}: damaged or truncated: {first_line(error)}") from error
 
 

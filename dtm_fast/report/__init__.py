@@ -26,8 +26,13 @@ def write_report(directory: RunDirectory) -> list[Path]:
     """
     content = read_content(directory)
     written = [directory.write_text("report.html", page(content))]
-    if content.sweeps:
-        written.append(directory.write_bytes("heatmap.png", heat_map_png(content)))
-    if content.curves:
-        written.append(directory.write_bytes("curve.png", curve_png(content)))
+    pictures = {
+        "heatmap.png": heat_map_png(content) if content.sweeps else None,
+        "curve.png": curve_png(content) if content.curves else None,
+    }
+    for name, picture in pictures.items():
+        if picture is not None:
+            written.append(directory.write_bytes(name, picture))
+        else:  # one of a search before this one would be taken for this one's
+            (directory.path / name).unlink(missing_ok=True)
     return written

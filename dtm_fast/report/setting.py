@@ -5,7 +5,7 @@ from typing import Any
 
 from dtm_fast.errors import InputError, RunError
 from dtm_fast.measure import Floor
-from dtm_fast.report.stored import entries, reading, whole
+from dtm_fast.report.stored import entries, reading, text, whole
 from dtm_fast.runs import RunDirectory
 
 
@@ -56,16 +56,16 @@ class Setting:
         with reading(directory.path / "run.json", "the setting of a run"):
             model, probes = stored["model"], stored["probes"]
             return cls(
-                command=list(stored["command"]),
-                started=stored["started"],
-                model=model["name"],
-                model_type=model["type"],
-                dtype=model["dtype"],
-                parameters=model["parameters"],
-                text=probes["text"],
-                probes=probes["count"],
-                prefix=probes["prefix"],
-                completion=probes["completion"],
+                command=[text(word) for word in entries(stored["command"])],
+                started=text(stored["started"]),
+                model=text(model["name"]),
+                model_type=text(model["type"]),
+                dtype=text(model["dtype"]),
+                parameters=whole(model["parameters"]),
+                text=text(probes["text"]),
+                probes=whole(probes["count"], least=1),
+                prefix=whole(probes["prefix"], least=1),
+                completion=whole(probes["completion"], least=1),
                 floor=Floor(**stored["floor"]),
                 components={c["path"]: _component(c) for c in stored["components"]},
                 machine=dict(stored["machine"]),
@@ -111,4 +111,4 @@ def _component(stored: dict[str, Any]) -> ListedComponent:
     shape = tuple(whole(size, least=1) for size in entries(stored["shape"]))
     if len(shape) != 2:
         raise InputError(f"{stored['path']} has the shape {list(shape)}, which is not [N, K]")
-    return ListedComponent(stored["path"], stored["layer"], stored["name"], shape)
+    return ListedComponent(text(stored["path"]), whole(stored["layer"]), text(stored["name"]), shape)

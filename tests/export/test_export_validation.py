@@ -228,6 +228,13 @@ BROKEN = {
         tensors(lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][1:].clone()})),
         f"{UP}: its weight is [63, 32], not [64, 32]",
     ),
+    **{
+        f"{name} {value!r}": (
+            group(lambda g, name=name, value=value: g["weights"].update({name: value})),
+            "not a scheme with targets, weights and input_activations",
+        )
+        for name, value in {"symmetric": [], "strategy": ["channel"], "type": [], "num_bits": "8"}.items()
+    },
     # Files.
     "masks that would be taken for weights": (
         lambda e: save_file({"x": torch.ones(2)}, e.folder / "masks.safetensors"),
@@ -322,7 +329,7 @@ def test_weights_of_another_name_or_none_are_not_missing(export, family):
 
 def test_a_folder_that_is_not_there(tmp_path):
     assert validate(tmp_path / "none") == [
-        f"{tmp_path / 'none'}: the folder has no config.json, so it is no Hugging Face model"
+        f"{tmp_path / 'none'}: the folder has no config.json that can be read, so it is no Hugging Face model"
     ]
 
 

@@ -43,7 +43,11 @@ def test_a_byte_order_mark_is_not_text(tmp_path, name, content):
     assert read_documents(str(tmp_path / name)) == ["one"]
 
 
-@pytest.mark.parametrize("bad", ["{", "3", "null", '{"text": 3}', '{"words": "x"}', '["x"]', "plain"])
+@pytest.mark.parametrize(
+    "bad",
+    ["{", "3", "null", '{"text": 3}', '{"words": "x"}', '["x"]', "plain", "1" * 6000, "[" * 200_000],
+    ids=lambda bad: bad[:16],
+)
 def test_a_bad_json_line_is_named_by_its_number(tmp_path, bad):
     (tmp_path / "a.jsonl").write_text(f'"one"\n\n{bad}\n"four"\n')
     with pytest.raises(ProbeError, match=r"a\.jsonl, line 3: neither a JSON string nor an object with text"):

@@ -97,6 +97,31 @@ def test_a_run_without_settings_says_so(partial: RunDirectory) -> None:
         read_content(partial)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s["components"][0].update(layer=[1]), r"\[1\] is no whole number"),
+        (lambda s: s["components"][2].update(layer=None), "None is no whole number"),
+        (lambda s: s["components"][1].update(name=1), "1 is no text"),
+        (lambda s: s["model"].update(name=1), "1 is no text"),
+        (lambda s: s["command"].append(float("nan")), "nan is no text"),
+        (lambda s: s["probes"].update(count="4"), "'4' is no whole number"),
+    ],
+)
+def test_settings_of_wrong_kinds_are_refused(partial: RunDirectory, change, said: str) -> None:
+    stored = partial.read_json("run.json")
+    change(stored)
+    partial.write_json("run.json", stored)
+    with pytest.raises(RunError, match=rf"run\.json: not the setting of a run of dtm_fast: {said}"):
+        write_report(partial)
+
+
+def test_a_picture_of_an_earlier_search_does_not_stay(partial: RunDirectory) -> None:
+    (partial.path / "curve.png").write_bytes(b"of another plan")
+    write_report(partial)
+    assert not (partial.path / "curve.png").exists()
+
+
 def test_a_component_that_the_model_lacks_is_refused(partial: RunDirectory) -> None:
     record(partial, measured({"model.layers.9.mlp.up_proj": Int8()}, [1, 2, 3, 4]))
     with pytest.raises(RunError, match=r"model\.layers\.9\.mlp\.up_proj was measured"):
