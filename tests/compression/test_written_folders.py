@@ -9,6 +9,8 @@ import pytest
 from dtm_fast.compression.checkpoints import write_folder
 from dtm_fast.errors import RunError
 
+pytestmark = pytest.mark.once
+
 
 def write(content: str):
     return lambda folder: (folder / "content").write_text(content)
