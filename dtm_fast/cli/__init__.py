@@ -96,7 +96,10 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
 
 
 def main() -> None:
-    """Runs the command line; exit codes: 0 ok, 1 a check failed, 2 what cannot be used or written, 130."""
+    """Runs the command line; exit codes: 0 ok, 1 a check failed, 2 unusable input or output.
+
+    130 where it was interrupted, and 141 where nobody reads on.
+    """
     # Their functions would import both, which takes seconds; a command that needs a model imports them later.
     os.environ.update(
         TRANSFORMERS_VERBOSITY="error", HF_HUB_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1"

@@ -36,7 +36,7 @@ class CompressedWeights:
         base: Treatment | None = None,
     ) -> tuple[PackedMatrix, PackedMatrix | None]:
         """The compressed weight, and for differences what it is more than that of the base; None: the original."""
-        key = (component.path, _name(treatment), arithmetic, _name(base))
+        key = (component.path, key_of(treatment), arithmetic, key_of(base))
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
@@ -62,7 +62,7 @@ class CompressedWeights:
         base: Treatment | None = None,
     ) -> float:
         """``‖W' - W‖ / ‖W‖``, where W is the base's weight; arguments as ``packed``, by differences."""
-        key = (component.path, _name(treatment), arithmetic, _name(base))
+        key = (component.path, key_of(treatment), arithmetic, key_of(base))
         if key not in self._changes:
             self.packed(component, treatment, arithmetic, base)
         return self._changes[key]
@@ -82,7 +82,8 @@ def _compressed(component: Component, treatment: Treatment | None) -> Tensor:
     return (component.weight if treatment is None else compressed_weight(component, treatment)).float()
 
 
-def _name(treatment: Treatment | None) -> str:
+def key_of(treatment: Treatment | None) -> str:
+    """What tells treatments apart; empty for none."""
     return "" if treatment is None else treatment.key
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration, Treatment, compressed_weight
-from dtm_fast.measure.compressed_weights import relative_change
+from dtm_fast.compression import Configuration, compressed_weight
+from dtm_fast.measure.compressed_weights import key_of, relative_change
 from dtm_fast.measure.device_change import BaseStates, TreatedWeight, base_states, run_change
 from dtm_fast.measure.device_layer import DeviceLayer, KeysAndValues, moved
 from dtm_fast.measure.device_rows import has_triton
@@ -153,7 +153,7 @@ class DeviceLayers:
         for layer in {**self.treatments, **by_layer}:
             own = by_layer.get(layer, {})
             for _, path in self._differing(layer, own):
-                key = (path, *(_name(each.get(path)) for each in (own, self.treatments.get(layer, {}))))
+                key = (path, *(key_of(each.get(path)) for each in (own, self.treatments.get(layer, {}))))
                 if key not in self._changes:
                     base = self._weight_of(path, self.treatments.get(layer, {}))
                     self._changes[key] = relative_change(self._weight_of(path, own) - base, base)
@@ -263,7 +263,7 @@ class DeviceLayers:
         """The projections that are treated otherwise than in the base, and their paths."""
         base = self.treatments.get(layer, {})
         for index, path in enumerate(self._layers[layer].paths):
-            if _name(treatments.get(path)) != _name(base.get(path)):
+            if key_of(treatments.get(path)) != key_of(base.get(path)):
                 yield index, path
 
     def _weight_of(self, path: str, treatments: Configuration) -> Tensor:
@@ -338,10 +338,6 @@ class DeviceLayers:
         weights = sum(module.weight.numel() for _, module in self._layers[0].parts.projections)
         of_products = torch.bfloat16 if self._by_differences else self.decoder.model.dtype
         return 2 * weights * self.count * self.positions / _RATES[of_products]
-
-
-def _name(treatment: Treatment | None) -> str:
-    return "" if treatment is None else treatment.key
 
 
 class _Weights:
