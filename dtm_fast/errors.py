@@ -1,5 +1,8 @@
 """The exceptions that dtm_fast raises for input it cannot use; each message is one line that names it."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class InputError(ValueError):
     """Something the caller gave cannot be used; the command line ends with exit code 2."""
@@ -26,7 +29,20 @@ class RunError(InputError):
 
 
 class MeasurementError(ArithmeticError):
-    """A measurement that broke a law it must obey, or gave no finite logits."""
+    """A measurement that broke a law it must obey, or for which there is no room."""
+
+
+class NotFiniteError(MeasurementError):
+    """Logits, or a component's input, that are NaN or infinite: there is no next token.
+
+    Attributes:
+        configurations: under which; each maps components to treatments.
+    """
+
+    def __init__(self, message: str, configurations: Sequence[Mapping[str, Any]] = ()) -> None:
+        """``message``: one line."""
+        super().__init__(message)
+        self.configurations = tuple(configurations)
 
 
 class TrainingError(ArithmeticError):

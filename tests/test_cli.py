@@ -221,17 +221,40 @@ def test_a_text_with_fewer_prefixes_is_a_warning_in_one_line(tiny_folder, tmp_pa
     assert "warning: the text has 250 prefixes of 8 tokens, not 999" in ended.err.splitlines()
 
 
-def test_a_measurement_that_breaks_ends_with_1(tiny_folder, tmp_path, command, options, monkeypatch):
-    def ruined(self, weight, inputs=None):
-        return weight * torch.nan
+def test_components_without_finite_logits_harm_most_and_are_named(
+    tiny_folder, tmp_path, command, options, monkeypatch
+):
+    plain, calls = dtm.Int8.compress, []
 
-    monkeypatch.setattr(dtm.Int8, "compress", ruined)
-    ended = command("sweep", tiny_folder, "--run", tmp_path / "run", *options)
-    assert ended.code == 1
-    assert ended.errors == [
-        "error: model.layers.0.self_attn.q_proj under int8: the model's logits are not finite "
-        "(and 20 more configurations failed)"
-    ]
+    def partly_ruined(self, weight, inputs=None):
+        calls.append(weight)
+        return plain(self, weight) * (torch.nan if weight.shape == (32, 64) else 1)
+
+    monkeypatch.setattr(dtm.Int8, "compress", partly_ruined)
+    arguments = ("sweep", tiny_folder, "--run", tmp_path / "run", *options)
+    ended = command(*arguments, "--json")
+    found = json.loads(ended.out, parse_constant=pytest.fail)["ranked"]
+    assert ended.code == 0
+    downs = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
+    assert [each["component"] for each in found[-3:]] == downs
+    assert found[-1]["fdt"]["mean"] == 0
+    assert found[-1]["dppl"] == dict.fromkeys(found[-1]["dppl"]) | {
+        "mean_interval": [None] * 2,
+        "p75_interval": [None] * 2,
+    }
+    said = (
+        f"logits that are not finite: {downs[0]} under int8 (and 2 more); counted as diverging at every token"
+    )
+    assert said in ended.err.splitlines()
+    count = len(calls)
+    again = command(*arguments)
+    assert (again.code, len(calls)) == (0, count)
+    assert said in again.err.splitlines()
+    report = command("report", tmp_path / "run")
+    assert report.code == 0, report.err
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "its logits are not finite: counted as diverging at every token" in page
+    assert "Under 3 of them the logits are not finite, which counts as diverging at every token." in page
 
 
 def test_the_model_that_breaks_is_the_one_that_is_named(tiny_folder, tmp_path, command, options, llama):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,7 @@ from dtm_fast.measure import (
     ReferenceEvaluator,
     read_documents,
 )
+from dtm_fast.measure.reference import describe
 from dtm_fast.model import Calibration, Decoder, load_model, model_identity
 from dtm_fast.ops import backend_info
 from dtm_fast.plan import RecordedEvaluator, check_shapes
@@ -237,7 +239,14 @@ def session(
         try:
             directory.write_json("run.json", _described(evaluator, setting))
             with console.progress(title, expected(decoder), quiet=quiet) as on_finished:
-                recorded = RecordedEvaluator(evaluator, directory.journal, on_finished)
+                lost: dict[str, None] = {}
+
+                def on_each(measurement: Measurement, known: bool) -> None:
+                    if not measurement.finite:
+                        lost[describe(measurement.configuration)] = None
+                    on_finished(measurement, known)
+
+                recorded = RecordedEvaluator(evaluator, directory.journal, on_each)
                 confirming = None
                 if confirming_probes is not None:
                     of_others = identity | {"probes": confirming_probes.identity}
@@ -245,6 +254,12 @@ def session(
                     # What is confirmed treats nearly all layers: states kept within them would be of no use.
                     confirming = recorded.with_evaluator(evaluator_of(confirming_probes, 0), other.journal)
                 yield Session(evaluator, directory, recorded, tokenizer, confirming)
+            if lost:
+                console.show_note(
+                    f"logits that are not finite: {next(iter(lost))}"
+                    + (f" (and {len(lost) - 1} more)" if len(lost) > 1 else "")
+                    + "; counted as diverging at every token"
+                )
         except KeyboardInterrupt:
             console.show_note(
                 f"interrupted: {len(directory.journal)} measurements are kept in {setting.run}; "
@@ -312,5 +327,13 @@ def summaries(measurement: Measurement) -> dict[str, Any]:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """On standard output, for machines."""
-    print(json.dumps(content, indent=2))
+    """On standard output, for machines; null for numbers that are not finite, which JSON does not have."""
+    print(json.dumps(_with_nulls(content), indent=2))
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nulls(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_nulls(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

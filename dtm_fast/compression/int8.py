@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dtm_fast import ops
 from dtm_fast.compression.treatment import Treatment
-from dtm_fast.errors import MeasurementError, TreatmentError
+from dtm_fast.errors import NotFiniteError, TreatmentError
 from dtm_fast.model import InputStatistics
 
 
@@ -23,7 +23,7 @@ def _input_round_trip(x: Tensor) -> Tensor:
     try:
         return _int8_round_trip(x)
     except ValueError as error:
-        raise MeasurementError(f"the input of a component cannot be quantized: {error}") from error
+        raise NotFiniteError(f"the input of a component cannot be quantized: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class W8A8(Int8):
         """Each token's vector to int8 with its own scale, and back.
 
         Raises:
-            MeasurementError: if it holds a NaN or an infinity.
+            NotFiniteError: if it holds a NaN or an infinity.
         """
         return _input_round_trip(x)
 
@@ -98,7 +98,7 @@ class LLMInt8(Int8):
         """``torch.where(x.abs() >= threshold, x, rest)``, rest being the others to int8 and back, per token.
 
         Raises:
-            MeasurementError: if it holds a NaN or an infinity.
+            NotFiniteError: if it holds a NaN or an infinity.
         """
         outlier = (x.abs() >= self.threshold) & x.isfinite()  # an infinity goes where it is refused
         return torch.where(outlier, x, _input_round_trip(x.masked_fill(outlier, 0)))

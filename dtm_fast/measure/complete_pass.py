@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dtm_fast.compression import Configuration
-from dtm_fast.errors import MeasurementError
+from dtm_fast.errors import MeasurementError, NotFiniteError
 from dtm_fast.measure.columns import columns_of, first_predicted, joined, perplexity_of
 from dtm_fast.measure.head import Head
 from dtm_fast.measure.model_layers import ModelLayers, State
@@ -59,14 +59,14 @@ class CompletePass:
         for leaf, state in self._leaves(root, first_output, layers):
             result: Columns | MeasurementError
             try:
-                result = self._columns(state, metrics)
-            except MeasurementError as error:
-                result = error
+                result = state if isinstance(state, MeasurementError) else self._columns(state, metrics)
+            except MeasurementError as failure:
+                result = failure
             yield leaf.ends, result
 
     def _leaves(
         self, root: Node, first_output: int, layers: PartLayers | None
-    ) -> Iterator[tuple[Node, Tensor | State | None]]:
+    ) -> Iterator[tuple[Node, Tensor | State | MeasurementError | None]]:
         if layers is None:
             for leaf, state in walk(root, None, self._advance):
                 yield leaf, state
@@ -127,7 +127,7 @@ class CompletePass:
         ):
             logits = self._model_layers.logits(state, batch, first_predicted(metrics, probes.prefix))
             if not torch.isfinite(logits.amax(dim=-1)).all():
-                raise MeasurementError("the model's logits are not finite")
+                raise NotFiniteError("the model's logits are not finite")
 
             def base_logits(batch: int = batch) -> Tensor:
                 return self._model_layers.logits(self._model_layers.base(self._depth), batch, probes.prefix)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtm_fast.compression import Configuration, check_configuration
-from dtm_fast.errors import MeasurementError, ModelError
+from dtm_fast.errors import MeasurementError, ModelError, NotFiniteError
 from dtm_fast.measure.complete_pass import Columns, CompletePass
 from dtm_fast.measure.device_layer import DeviceLayer, device_layers_of
 from dtm_fast.measure.device_layers import DeviceLayers
@@ -267,8 +267,9 @@ class Evaluator:
 
         Raises:
             ComponentError, TreatmentError: a configuration does not fit the model; nothing is measured then.
-            MeasurementError: configurations give logits that are not finite, or break the self-test; raised after all
-                others have been handed over.
+            NotFiniteError: configurations give logits that are not finite, and ``configurations`` of it names them;
+                raised after all others have been handed over.
+            MeasurementError: configurations break the self-test; raised likewise.
             ProbeError: a metric of the prefix where that is one token.
             ValueError: an unknown metric.
         """
@@ -305,7 +306,7 @@ class Evaluator:
         Raises:
             ValueError: k or error is out of range, by is neither, or there are no fused layers (``engine`` says why),
                 without which nothing is saved.
-            ComponentError, TreatmentError, MeasurementError: as ``iterate``.
+            ComponentError, TreatmentError, NotFiniteError: as ``iterate``.
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be a whole number of at least 1, not {k!r}")
@@ -325,14 +326,14 @@ class Evaluator:
             del candidates[name_of(each.configuration)]
         wanted = list(candidates.values())
         dropped: list[Dropped] = []
-        failed: list[str] = []
+        failed: list[tuple[Configuration, MeasurementError]] = []
         clock = time.perf_counter()
         for indices, result in self._results(wanted, frozenset(), contest):
             configuration = wanted[indices[0]]
             now = time.perf_counter()
             seconds, clock = now - clock, now
             if isinstance(result, MeasurementError):
-                failed.append(f"{describe(configuration)}: {result}")
+                failed.append((configuration, result))
             elif isinstance(result, Dropped):
                 dropped.append(result)
                 on_finished(result)
@@ -354,7 +355,7 @@ class Evaluator:
         wanted = checked_metrics(metrics, self.probes)
         for configuration in configurations:
             check_configuration(self.decoder, configuration)
-        failed: list[str] = []
+        failed: list[tuple[Configuration, MeasurementError]] = []
         clock = time.perf_counter()
         for indices, result in self._results(configurations, wanted):
             configuration = configurations[indices[0]]
@@ -367,7 +368,7 @@ class Evaluator:
                 measurement = _measurement(configuration, self.probes.completion, result, seconds)
                 measurement = measurement if wanted else replace(measurement, sdt=None)
             except MeasurementError as error:
-                failed.append(f"{describe(configuration)}: {error}")
+                failed.append((configuration, error))
                 continue
             for index in indices:
                 yield index, replace(measurement, configuration=configurations[index])
@@ -395,10 +396,15 @@ class Evaluator:
             yield [others[index] for index in indices], rest
 
 
-def _raise_if_any(failed: list[str]) -> None:
-    if failed:
+def _raise_if_any(failed: list[tuple[Configuration, MeasurementError]]) -> None:
+    """What broke a law before what has no number."""
+    failed.sort(key=lambda each: isinstance(each[1], NotFiniteError))
+    for configuration, error in failed[:1]:
         more = f" (and {len(failed) - 1} more configurations failed)" if len(failed) > 1 else ""
-        raise MeasurementError(failed[0] + more)
+        message = f"{describe(configuration)}: {error}{more}"
+        if isinstance(error, NotFiniteError):
+            raise NotFiniteError(message, [configuration for configuration, _ in failed])
+        raise MeasurementError(message)
 
 
 def _measurement(

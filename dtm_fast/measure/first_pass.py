@@ -94,6 +94,9 @@ class FirstPass:
         for node, state in handed if contest is None else _in_turn(handed, configurations, contest):
             chain = node.chain()
             indices = chain[-1].ends
+            if isinstance(state, MeasurementError):
+                yield indices, state
+                continue
             steps = [(each.layer - 1, each.treatments) for each in chain if not each.is_base]
             configuration = configurations[indices[0]]
             if contest is not None:
@@ -152,8 +155,16 @@ class FirstPass:
 
     def _settled(self, waiting: list[_Waiting], contest: Contest | None) -> Results:
         doubts = [doubt for each in waiting for doubt in each.doubts]
+        try:
+            settle(self._layers, self._head, doubts, self._prefix, self._scale)
+        except MeasurementError as failure:
+            if len(waiting) == 1:
+                yield waiting[0].indices, failure
+                return
+            for each in waiting:  # alone, to see whose failure it is
+                yield from self._settled([each], contest)
+            return
         self.doubts += len(doubts)
-        settle(self._layers, self._head, doubts, self._prefix, self._scale)
         for each in waiting:
             if contest is not None:
                 contest.take(each.configuration, each.found.fdt)
@@ -161,8 +172,10 @@ class FirstPass:
 
 
 def _in_turn(
-    handed: Iterator[tuple[Node, Tensor | None]], configurations: Sequence[Configuration], contest: Contest
-) -> Iterator[tuple[Node, Tensor | None]]:
+    handed: Iterator[tuple[Node, Tensor | MeasurementError | None]],
+    configurations: Sequence[Configuration],
+    contest: Contest,
+) -> Iterator[tuple[Node, Tensor | MeasurementError | None]]:
     """The same with those that start at the base's state last, in the contest's order."""
 
     def turn(node: Node) -> tuple[Name, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dtm_fast.errors import MeasurementError
+from dtm_fast.errors import NotFiniteError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,14 +32,14 @@ def logits_before(model: PreTrainedModel, tokens: Tensor, first: int) -> Tensor:
         [b, L - first, V] in the model's dtype.
 
     Raises:
-        MeasurementError: if a logit is NaN or plus infinity.
+        NotFiniteError: if a logit is NaN or plus infinity.
     """
     kept = tokens.shape[1] - first + 1
     output = model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=kept)
     logits: Tensor = output.logits[:, -kept:-1]  # some models do not know logits_to_keep
     # max() hands a NaN on, so the maximum is finite only if no logit is NaN or +inf.
     if not torch.isfinite(logits.amax(dim=-1)).all():
-        raise MeasurementError("the model's logits are not finite")
+        raise NotFiniteError("the model's logits are not finite")
     return logits
 
 

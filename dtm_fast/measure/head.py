@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtm_fast import ops
-from dtm_fast.errors import MeasurementError
+from dtm_fast.errors import NotFiniteError
 from dtm_fast.measure.forward import lead
 from dtm_fast.ops import native
 from dtm_fast.ops.certificate import product_dtype
@@ -87,7 +87,7 @@ class Head:
             until_mismatch: what follows the first certain mismatch of a row is not wanted and holds nothing of use.
 
         Raises:
-            MeasurementError: hidden is not finite.
+            NotFiniteError: hidden is not finite.
         """
         R, C = hidden.shape[:2]  # noqa: N806
         columns = torch.arange(first, first + C, device=hidden.device)
@@ -113,7 +113,7 @@ class Head:
             Decisions of shape [R].
 
         Raises:
-            MeasurementError: hidden is not finite.
+            NotFiniteError: hidden is not finite.
         """
         index = torch.tensor(rows) * self._reference.shape[1] + torch.tensor(positions)
         error = torch.tensor(errors, dtype=torch.float32, device=hidden.device)
@@ -276,10 +276,10 @@ def can_prove(weight: Tensor) -> bool:
 
 
 def check_finite(hidden: Tensor) -> None:
-    """Raises MeasurementError unless all of ``hidden`` is finite."""
+    """Raises NotFiniteError unless all of ``hidden`` is finite."""
     # A finite sum proves all values finite; an overflowing one proves nothing, so then look at each.
     if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
-        raise MeasurementError("the model's logits are not finite")
+        raise NotFiniteError("the model's logits are not finite")
 
 
 def _native(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """A measurement: what one configuration did to each probe, never only to their mean."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,6 +38,8 @@ class Measurement:
         agreement: float64 [P], share of those tokens where base and this model prefer the same token
             (llama.cpp's "same top p", on the text itself).
         kl: float64 [P], mean KL(base ‖ this) in nats over the completion.
+        seconds: what it took.
+        finite: False for ``of_nothing``.
     """
 
     configuration: Configuration
@@ -49,6 +52,34 @@ class Measurement:
     agreement: Tensor | None = None
     kl: Tensor | None = None
     seconds: float = 0.0
+    finite: bool = True
+
+    @classmethod
+    def of_nothing(
+        cls, configuration: Configuration, probes: int, completion: int, metrics: Sequence[str]
+    ) -> "Measurement":
+        """Of a configuration whose logits are not finite, which is worth nothing to a search.
+
+        Every token of every probe counts as divergent and as impossible: FDT 0, SDT N, agreement 0, and what is
+        measured in likelihoods infinite. Where a single probe has such logits, what the others say is lost.
+
+        Args:
+            configuration: component → treatment.
+            probes: P.
+            completion: N.
+            metrics: what was asked for beyond FDT.
+        """
+        lost = {name: 0.0 if name == "agreement" else math.inf for name in EXTRA_METRICS if name in metrics}
+        return cls(
+            configuration=configuration,
+            completion=completion,
+            fdt=torch.zeros(probes, dtype=torch.int64),
+            sdt=torch.full((probes,), completion) if metrics else None,
+            first_margin=torch.full((probes,), torch.nan),
+            seconds=0.0,
+            finite=False,
+            **{name: torch.full((probes,), value, dtype=torch.float64) for name, value in lost.items()},
+        )
 
     @classmethod
     def of(
@@ -98,6 +129,7 @@ class Measurement:
             sdt=sdt,
             first_margin=torch.where(fdt < completion, -first_lead, torch.nan),
             seconds=seconds,
+            finite=True,
             **extra,
         )
 
@@ -120,21 +152,22 @@ class Measurement:
             "configuration": configuration_to_json(self.configuration),
             "completion": self.completion,
             "seconds": self.seconds,
-            # JSON has no NaN.
-            "first_margin": [None if m != m else m for m in self.first_margin.tolist()],
+            "first_margin": _without(self.first_margin, torch.nan),
         }
         for name in ("fdt", "sdt", *EXTRA_METRICS):
             value = getattr(self, name)
             if value is not None:
-                stored[name] = value.tolist()
-        return stored
+                stored[name] = _without(value, torch.inf)
+        return stored if self.finite else stored | {"finite": False}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Measurement":
         """The inverse of ``to_json``, to the bit."""
-        margins = [torch.nan if m is None else m for m in stored["first_margin"]]
+        margins = _with(stored["first_margin"], torch.nan)
         found = {
-            name: torch.tensor(stored[name], dtype=torch.float64) for name in EXTRA_METRICS if name in stored
+            name: torch.tensor(_with(stored[name], torch.inf), dtype=torch.float64)
+            for name in EXTRA_METRICS
+            if name in stored
         }
         sdt = stored.get("sdt")
         return cls(
@@ -144,5 +177,17 @@ class Measurement:
             first_margin=torch.tensor(margins, dtype=torch.float32),
             seconds=stored["seconds"],
             sdt=None if sdt is None else torch.tensor(sdt, dtype=torch.int64),
+            finite=stored.get("finite", True),
             **found,
         )
+
+
+def _without(values: Tensor, missing: float) -> list[float | None]:
+    """The numbers, None in the place of ``missing``, which JSON does not have."""
+    gone = values.isnan() if math.isnan(missing) else values == missing
+    return [None if lost else value for value, lost in zip(values.tolist(), gone.tolist(), strict=True)]
+
+
+def _with(stored: Sequence[float | None], missing: float) -> list[float]:
+    """The inverse of ``_without``."""
+    return [missing if value is None else value for value in stored]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dtm_fast.compression import Configuration, Treatment
+from dtm_fast.errors import MeasurementError
 from dtm_fast.model import Decoder
 
 _Key = tuple[tuple[str, str], ...]
@@ -90,12 +91,14 @@ def layers_of(decoder: Decoder, configuration: Configuration) -> dict[int, dict[
 
 def walk(
     node: Node,
-    state: _State | None,
+    state: _State | MeasurementError | None,
     advance: Callable[[Node, _State | None], _State],
     *,
     stop_at_chains: bool = False,
-) -> Iterator[tuple[Node, _State | None]]:
+) -> Iterator[tuple[Node, _State | MeasurementError | None]]:
     """Every leaf with its state, each computed once; few are held at a time.
+
+    Where ``advance`` raises a MeasurementError, that is the state of all leaves below.
 
     Args:
         node: where to begin.
@@ -113,7 +116,8 @@ def walk(
             if stop_at_chains and child.size == 1:
                 yield child, state
             else:
-                yield from walk(child, _next(child, state, advance), advance, stop_at_chains=stop_at_chains)
+                below = _next(child, state, advance)
+                yield from walk(child, below, advance, stop_at_chains=stop_at_chains)
         if stop_at_chains and largest.size == 1:
             yield largest, state
             return
@@ -123,9 +127,16 @@ def walk(
 
 
 def _next(
-    child: Node, state: _State | None, advance: Callable[[Node, _State | None], _State]
-) -> _State | None:
-    return None if child.is_base else advance(child, state)
+    child: Node,
+    state: _State | MeasurementError | None,
+    advance: Callable[[Node, _State | None], _State],
+) -> _State | MeasurementError | None:
+    if isinstance(state, MeasurementError):
+        return state
+    try:
+        return None if child.is_base else advance(child, state)
+    except MeasurementError as failure:
+        return failure.with_traceback(None)  # whose frames hold tensors
 
 
 def _top_down(root: Node) -> Iterator[Node]:

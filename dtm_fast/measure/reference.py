@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dtm_fast.compression import Change, Configuration
-from dtm_fast.errors import MeasurementError, ProbeError
+from dtm_fast.errors import NotFiniteError, ProbeError
 from dtm_fast.measure.columns import OF_THE_PREFIX, columns_of, first_predicted, joined
 from dtm_fast.measure.floor import Floor, self_divergence
 from dtm_fast.measure.forward import logits_before
@@ -78,7 +78,8 @@ class ReferenceEvaluator:
 
         Raises:
             ComponentError, TreatmentError: a configuration does not fit the model.
-            MeasurementError: a configuration gives logits that are not finite, or breaks the self-test.
+            NotFiniteError: a configuration gives logits that are not finite.
+            MeasurementError: a configuration breaks the self-test.
             ProbeError: a metric of the prefix where that is one token.
             ValueError: an unknown metric.
         """
@@ -97,10 +98,10 @@ class ReferenceEvaluator:
             try:
                 with change:
                     logits = logits_before(self.model, tokens, first_predicted(metrics, n))
-            except MeasurementError as error:
+            except NotFiniteError as error:
                 other = not configuration and self.model is not self.base
                 whose = "the compressed model" if other else describe(configuration)
-                raise MeasurementError(f"{whose}: {error}") from error
+                raise NotFiniteError(f"{whose}: {error}", [configuration]) from error
 
             def base_logits(tokens: Tensor = tokens) -> Tensor:
                 return logits_before(self.base, tokens, n)

@@ -26,6 +26,9 @@ def summarize(values: Tensor) -> Summary:
     For FDT, ``p75`` is the FDT_75 of Deiseroth et al. 2023 (papers.md §1.1).
     """
     sample = values.double().numpy()
+    if (sample == sample[0]).all():  # also infinite ones, between which nothing can be interpolated
+        same = float(sample[0])
+        return Summary(same, (same, same), same, same, (same, same))
     drawn = sample[np.random.default_rng(0).integers(0, len(sample), size=(_RESAMPLES, len(sample)))]
     tails = [100 * (1 - _CONFIDENCE) / 2, 100 * (1 + _CONFIDENCE) / 2]
     mean_low, mean_high = np.percentile(drawn.mean(axis=1), tails)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtm_fast.errors import MeasurementError
+from dtm_fast.errors import NotFiniteError
 from dtm_fast.measure.head import Decisions
 
 _LOGITS = 2**27  # held at a time
@@ -56,7 +56,7 @@ class WholeHead:
             until_mismatch: makes no difference.
 
         Raises:
-            MeasurementError: hidden is not finite.
+            NotFiniteError: hidden is not finite.
         """
         assert error == 0, "of a whole product nothing is known of how far a decision is from its border"
         R, C = hidden.shape[:2]  # noqa: N806
@@ -70,7 +70,7 @@ class WholeHead:
         """As ``decide``, with a probe and a position of its completion for each of R hidden states [R, D].
 
         Raises:
-            MeasurementError: hidden is not finite.
+            NotFiniteError: hidden is not finite.
         """
         assert not any(errors)
         mismatch, lead = self._decide(hidden, self._reference[list(rows), list(positions)])
@@ -88,7 +88,7 @@ class WholeHead:
         finite = torch.isfinite(hidden).all().float().expand(2, 1)
         together = torch.cat([finite, *found], dim=1).cpu()
         if not bool(together[0, 0]):
-            raise MeasurementError("the model's logits are not finite")
+            raise NotFiniteError("the model's logits are not finite")
         mismatch = together[0, 1:] > 0
         return mismatch, torch.where(mismatch, together[1, 1:], torch.nan)
 

@@ -1,6 +1,7 @@
 """A plan: the configuration that a search chose, with how it was found and what it measured."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -34,7 +35,7 @@ class Point:
         fdt75: FDT_75.
         fdt: mean FDT.
         sdt: mean SDT; None where it was not measured.
-        dppl: mean DPPL; None where it was not measured.
+        dppl: mean DPPL; None where it was not measured or is infinite.
     """
 
     components: int
@@ -49,6 +50,7 @@ class Point:
     def of(cls, decoder: Decoder, measurement: Measurement) -> "Point":
         """The point of a measurement's configuration."""
         fdt, configuration = measurement.summary("fdt"), measurement.configuration
+        dppl = math.inf if measurement.dppl is None else measurement.summary("dppl").mean
         return cls(
             components=len(configuration),
             share=share_of(decoder, configuration),
@@ -56,7 +58,7 @@ class Point:
             fdt75=fdt.p75,
             fdt=fdt.mean,
             sdt=None if measurement.sdt is None else measurement.summary("sdt").mean,
-            dppl=None if measurement.dppl is None else measurement.summary("dppl").mean,
+            dppl=None if math.isinf(dppl) else dppl,
         )
 
     @classmethod

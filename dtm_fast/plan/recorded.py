@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from dtm_fast.compression import Configuration, configuration_identity
-from dtm_fast.errors import InputError
+from dtm_fast.errors import InputError, NotFiniteError
 from dtm_fast.measure import Evaluator as FastEvaluator
 from dtm_fast.measure import Measurement, Probes
 from dtm_fast.measure.racing import By, Dropped, Race
@@ -60,7 +60,14 @@ class RecordedEvaluator:
     def measure(
         self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("dppl",)
     ) -> list[Measurement]:
-        """The measurement of each configuration, in order, each committed as soon as it is finished."""
+        """The measurement of each configuration, in order, each committed as soon as it is finished.
+
+        Where logits are not finite it is ``Measurement.of_nothing``: a search goes on and chooses others.
+
+        Raises:
+            NotFiniteError: the base's own logits are not finite.
+            ComponentError, TreatmentError, MeasurementError, ProbeError, ValueError: as ``Evaluator.iterate``.
+        """
         wanted = list(configurations)
         identities = [configuration_identity(configuration) for configuration in wanted]
         found: dict[str, Measurement] = {}
@@ -74,13 +81,36 @@ class RecordedEvaluator:
             for identity, configuration in zip(identities, wanted, strict=True)
             if identity not in found
         }
-        for measurement in self.evaluator.iterate(missing.values(), metrics):
-            identity = configuration_identity(measurement.configuration)
-            held = {*metrics} if measurement.sdt is None else {*metrics, "sdt"}
-            self.journal.add(identity, sorted(held), measurement.to_json())
-            found[identity] = measurement
-            self._on_finished(measurement, False)
+        while missing:
+            for measurement in self._finished(missing.values(), metrics):
+                identity = configuration_identity(measurement.configuration)
+                self._commit(identity, metrics, measurement)
+                found[identity] = measurement
+                del missing[identity]
         return [found[identity] for identity in identities]
+
+    def _finished(
+        self, configurations: Iterable[Configuration], metrics: Sequence[str]
+    ) -> Iterator[Measurement]:
+        """The measurements until one fails, then what is to be said of those that have no finite logits."""
+        try:
+            yield from self.evaluator.iterate(list(configurations), metrics)
+        except NotFiniteError as error:
+            yield from self._of_nothing(error, metrics)
+
+    def _of_nothing(self, error: NotFiniteError, metrics: Sequence[str]) -> list[Measurement]:
+        if not error.configurations or not all(error.configurations):
+            raise error  # it is the base's
+        probes = self.evaluator.probes
+        return [
+            Measurement.of_nothing(each, len(probes), probes.completion, metrics)
+            for each in error.configurations
+        ]
+
+    def _commit(self, identity: str, metrics: Sequence[str], measurement: Measurement) -> None:
+        held = {*metrics} if measurement.sdt is None else {*metrics, "sdt"}
+        self.journal.add(identity, sorted(held), measurement.to_json())
+        self._on_finished(measurement, False)
 
     def rebased(
         self, configuration: Configuration, instead_of: "RecordedEvaluator | None" = None
@@ -123,10 +153,14 @@ class RecordedEvaluator:
     ) -> Race:
         """As ``Evaluator.best``; who is measured or dropped is committed as soon as that is known.
 
+        Whose logits are not finite is ``Measurement.of_nothing``, and among the best only where there are no others.
+
         Raises:
+            NotFiniteError: the base's own logits are not finite.
             ValueError: as ``Evaluator.best``, or the evaluator is another.
         """
-        if not isinstance(self.evaluator, FastEvaluator):
+        evaluator = self.evaluator
+        if not isinstance(evaluator, FastEvaluator):
             raise ValueError(f"a race needs dtm_fast.Evaluator, not {type(self.evaluator).__name__}")
         wanted = list(configurations)
         known: list[Measurement | Dropped] = []
@@ -140,10 +174,15 @@ class RecordedEvaluator:
 
         def commit(result: Measurement | Dropped) -> None:
             identity = configuration_identity(result.configuration)
+            known.append(result)
             if isinstance(result, Measurement):
-                self.journal.add(identity, [], result.to_json())
-                self._on_finished(result, False)
+                self._commit(identity, [], result)
             elif result.proved or self.journal.bound(identity) is None:
                 self.journal.add_bound(identity, result.to_json())
 
-        return self.evaluator.best(wanted, k, by=by, error=error, known=known, on_finished=commit)
+        while True:
+            try:
+                return evaluator.best(wanted, k, by=by, error=error, known=list(known), on_finished=commit)
+            except NotFiniteError as failure:
+                for measurement in self._of_nothing(failure, []):
+                    commit(measurement)

@@ -163,9 +163,11 @@ def _swept(content: Content, sweep: Sweep) -> str:
     )
     if sweep.harmless == done:
         return f"{begun} measured alone under {sweep.treatment}; none changes any of the texts."
+    lost = sum(not measurement.finite for measurement in sweep.measured.values())
+    without = f" Under {lost} of them the logits are not finite, which counts as diverging at every token."
     worst = sweep.measured[sweep.ranked[-1]]
     return (
         f"{begun} measured alone under {sweep.treatment}; {sweep.harmless} of them change no text, "
         f"and {together(worst.configuration)} harms most (mean FDT {number(worst.summary('fdt').mean)} of "
-        f"{content.setting.completion} tokens)."
+        f"{content.setting.completion} tokens)." + (without if lost else "")
     )

@@ -101,6 +101,8 @@ def measured_with(component: ListedComponent, measurement: Measurement) -> str:
 
 def measured_lines(content: Content, measurement: Measurement) -> list[str]:
     """What was measured, in lines of Plotly's HTML."""
+    if not measurement.finite:
+        return ["its logits are not finite: counted as diverging at every token"]
     fdt = measurement.summary("fdt")
     lines = [
         f"FDT<sub>75</sub> {number(fdt.p75)} of {measurement.completion} tokens",
