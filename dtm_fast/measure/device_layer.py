@@ -123,10 +123,11 @@ def device_layers_of(decoder: Decoder, tokens: Tensor) -> list[DeviceLayer]:
             raise ModelError(layer)
         if found and layer.parts.shape != found[0].parts.shape:
             raise ModelError(f"layer {number} has other sizes than the first")
-        deviation = _deviation(layer, before, after)
-        if not deviation <= _DEVIATION[decoder.model.dtype]:
+        deviation, added = _deviation(layer, before, after), float((after.float() - before.float()).norm())
+        if not deviation <= _DEVIATION[decoder.model.dtype] * added:  # which may be nothing
             raise ModelError(
-                f"layer {number} is not what is read in parts: it differs by {deviation:.1g} of what it adds"
+                f"layer {number} is not what is read in parts: "
+                f"it differs by {deviation:.1g} where it adds {added:.1g}"
             )
         found.append(layer)
     return found
@@ -162,11 +163,8 @@ def _deviation(layer: DeviceLayer, before: Tensor, after: Tensor) -> float:
     whole, _ = layer.run(before, {})
     start, earlier = layer.run(before[:, :half].contiguous(), {})
     rest, _ = layer.run(before[:, half:].contiguous(), {}, earlier)
-    adds = (after.float() - before.float()).norm()
-    return max(
-        float((each.float() - after.float()).norm() / adds)
-        for each in (whole, torch.cat([start, rest], dim=1))
-    )
+    read = (whole, torch.cat([start, rest], dim=1))
+    return max(float((each.float() - after.float()).norm()) for each in read)
 
 
 def moved(earlier: KeysAndValues, rows: Sequence[int]) -> KeysAndValues:

@@ -15,8 +15,10 @@ from dtm_fast.ops import native
 from dtm_fast.ops.certificate import product_dtype
 from dtm_fast.ops.certificate_threats import count_threats
 from dtm_fast.ops.masked_linear import masked_linear
+from dtm_fast.ops.rounding import norm_above
 
 _RIVALS = 16  # tokens of the largest logits whose distance to a decision is looked at
+_TILE = 4096  # rows of the head whose float64 copy is held at a time
 _ROWS = 256  # positions whose logits of the whole vocabulary are held at a time
 _GROUP = 32  # of these, so many are decided among the same few tokens
 _FAR = 2.0**126  # further apart than any two logits that are compared
@@ -59,7 +61,7 @@ class Head:
         self._weight = weight.detach()
         self._reference = reference.to(weight.device)
         self._certificate = ops.Certificate.build(hidden, self._weight)
-        self._norm = torch.linalg.vector_norm(self._weight, dim=1, dtype=torch.float32)
+        self._norm = torch.cat([norm_above(part) for part in self._weight.split(_TILE)])
 
     @cached_property
     def base_divergence(self) -> list[int]:
@@ -135,10 +137,12 @@ class Head:
         reference, top, nearest = self._reference.flatten()[index], kept.top[index], kept.nearest[index]
         radius = kept.radius[index] / (1 + error)[:, None]
         threats = count_threats(hidden, base, radius, native_code=_native(hidden.device))
+        moved = hidden.float() - base.float()
         rows = _Rows(
             hidden=hidden,
             reference=reference,
-            reach=error * (hidden.float() - base.float()).norm(dim=1),
+            # Not a product alone: far enough away the norm is infinite, of which no error is none.
+            reach=torch.where((error > 0) & moved.any(dim=1), error * norm_above(moved), 0),
             mismatch=top != reference,
             certain=torch.ones_like(top, dtype=torch.bool),
             lead=torch.full(top.shape, torch.nan, dtype=torch.float32, device=hidden.device),
@@ -159,7 +163,9 @@ class Head:
                 )
         if run > 1:
             sure = (rows.mismatch & rows.certain).view(-1, run)
-            is_many &= (sure.cumsum(1) - sure.int() == 0).flatten()
+            behind = (sure.cumsum(1) - sure.int() > 0).flatten()
+            rows.certain[is_many & behind] = False  # they were judged among a few tokens only
+            is_many &= ~behind
         for some in is_many.nonzero()[:, 0].split(_ROWS) if bool(is_many.any()) else ():
             for group in self._screened(rows, some):
                 self._judge(rows, *group)
@@ -224,12 +230,16 @@ class Head:
         rows.lead[some] = torch.where(mismatch, nearest, torch.nan)
         # No two tokens are further apart than the sum of their norms: that alone makes most rows certain.
         furthest = self._norm[reference] + self._norm.max()
-        certain = (nearest.abs() > reach * furthest) | (reach == 0)
+        # Who was beaten by a token that may win in another row alone was not judged among all its own.
+        among_others = mismatch & (nearest > 0)
+        certain = ((nearest.abs() > reach * furthest) & ~among_others) | (reach == 0)
         rows.certain[some] = certain
         close = (~certain).nonzero()[:, 0]
         if len(close):
             ids, ahead, reference, reach = ids[close], ahead[close], reference[close], reach[close]
-            apart = (weight[ids[:, :_RIVALS]] - self._weight[reference][:, None]).float().norm(dim=2)
+            between = weight[ids[:, :_RIVALS]].double() - self._weight[reference][:, None].double()
+            # Equal rows are no distance apart, and nothing moves between them.
+            apart = torch.where(between.any(dim=2), norm_above(between), 0)
             distance = (
                 (ahead[:, :_RIVALS] / apart).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(dim=1).abs()
             )
@@ -237,7 +247,7 @@ class Head:
             # The tokens that were not looked at are at least this far away.
             others = ahead[:, _RIVALS:].amin(dim=1) if ahead.shape[1] > _RIVALS else torch.inf
             sure &= mismatch[close] | (others / furthest[close] > reach)
-            rows.certain[some[close]] = sure
+            rows.certain[some[close]] = sure & ~among_others[close]
 
 
 @dataclass(frozen=True, eq=False)

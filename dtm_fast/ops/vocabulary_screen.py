@@ -106,5 +106,5 @@ class VocabularyScreen:
             above = int8_linear(hidden, self.qweight[tile], self.scale[tile])
             above.addcmul_(per_norm[:, None], self.norm[tile])
             above.addcmul_(per_lost[:, None], self.lost[tile])
-            torch.ge(above, floor, out=found[:, tile])
-        return found
+            torch.lt(above, floor, out=found[:, tile])
+        return found.logical_not_()  # a NaN excludes nothing

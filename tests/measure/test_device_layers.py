@@ -193,6 +193,17 @@ def test_what_is_no_layer_of_llamas_kind_is_refused(make_probes):
         dtm.Evaluator(model, make_probes(model, 2), layers="torch")
 
 
+@pytest.mark.once
+def test_a_layer_that_adds_nothing_is_no_other_layer(llama, make_probes):
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            llama.model.layers[1].get_submodule(name).weight.zero_()
+    probes = make_probes(llama, 2)
+    found = dtm.Evaluator(llama, probes, layers="torch").measure([{UP: dtm.Int8()}])
+    expected = dtm.ReferenceEvaluator(llama, probes).measure([{UP: dtm.Int8()}])
+    assert [each.fdt.tolist() for each in found] == [each.fdt.tolist() for each in expected]
+
+
 def test_float16_is_refused(llama, make_probes):
     model = llama.half()
     with pytest.raises(ModelError, match=r"the model is in torch\.float16"):

@@ -293,6 +293,44 @@ def test_a_tie_of_the_base_itself_is_certain_in_any_company():
     assert head.decide(hidden[:, :1], [0], 0, 0.1).certain.item()
 
 
+@pytest.mark.once
+def test_a_mismatch_by_a_token_of_another_row_is_not_certain_before_all_are_looked_at():
+    weight, base = drawn(3000, 96), drawn(1, 200, 96, seed=1)
+    hidden = drawn(1, 200, 96, seed=2)  # so far away that all of the vocabulary may win
+    two = (hidden @ weight.T).topk(2, dim=-1)
+    best, reference = two.indices.unbind(-1)
+    across = weight[best] - weight[reference]
+    width = across.norm(dim=-1, keepdim=True)
+    # Just on the side of the token that wins: nothing is certain.
+    hidden = hidden - across / width * (0.999 * (two.values[..., :1] - two.values[..., 1:]) / width)
+    head = Head(weight, base, reference)
+    for until_mismatch in (False, True):
+        found = head.decide(hidden, [0], 0, error=0.003, until_mismatch=until_mismatch)
+        assert not (found.mismatch & found.certain).any()
+    exact = head.decide(hidden, [0], 0, until_mismatch=True)
+    assert bool(exact.mismatch[0, 0] & exact.certain[0, 0])
+    assert float(exact.lead[0, 0]) < 0
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**-30, 2.0**66])
+def test_what_is_certain_does_not_depend_on_the_scale_of_the_states(scale, dtype):
+    weight, base = drawn(300, 16).to(dtype), drawn(2, 40, 16, seed=1).to(dtype)
+    hidden = (base + 0.5 * drawn(2, 40, 16, seed=2)).to(dtype)
+    expected = head_of(weight, base)[0].decide(hidden, range(2), 0, 0.05)
+    assert not expected.certain.all()
+    assert expected.mismatch.any()
+    found = head_of(weight, base * scale)[0].decide(hidden * scale, range(2), 0, 0.05)
+    assert torch.equal(found.mismatch, expected.mismatch)
+    # Bounds are enlarged by what rounding may be, which differs in what is next to denormal.
+    assert (found.certain != expected.certain).float().mean() < 0.05
+    assert not (found.certain & ~expected.certain).any()
+    exact = head_of(weight, base * scale)[0].decide(hidden * scale, range(2), 0)
+    assert bool(exact.certain.all())
+    assert torch.equal(exact.mismatch, expected.mismatch)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hidden_states_that_are_not_finite_end_the_measurement(value, dtype):

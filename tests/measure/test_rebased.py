@@ -3,10 +3,12 @@
 import pytest
 import tiny
 import torch
+import transformers
 from measurements import assert_same, needs_kernels, some
 
 import dtm_fast as dtm
 from dtm_fast.errors import ComponentError
+from dtm_fast.measure import Probes
 from dtm_fast.measure.fused_layers import FusedLayers
 from dtm_fast.measure.racing import name_of
 from dtm_fast.ops import native
@@ -45,6 +47,26 @@ def test_from_the_states_of_a_configuration_fdt_is_the_same(make_probes, draw_co
     ]
     again = rebased.rebased(configurations[5], memory=memory).measure(configurations[5:6], ())
     assert again[0].fdt.tolist() == expected[5].fdt.tolist()
+
+
+@needs_kernels
+@pytest.mark.parametrize("layers", ["fused", "differences"])
+def test_far_from_the_states_it_starts_from_fdt_is_the_same(layers):
+    # Of so many tokens and so far away most rows have more rivals than are looked at first.
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(
+        vocab_size=3000, num_hidden_layers=3, initializer_range=0.1, max_position_embeddings=512, **sizes
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    probes = Probes._complete(model, torch.randint(0, 3000, (6, 4)), 200, 8)
+    paths = dtm.components(model)
+    candidates = [{path: dtm.Int8()} for path in paths]
+    expected = dtm.ReferenceEvaluator(model, probes).measure(candidates, ())
+    rebased = dtm.Evaluator(model, probes, layers=layers).rebased(dict.fromkeys(paths, dtm.Prune(0.6)))
+    found = rebased.measure(candidates, ())
+    assert [each.fdt.tolist() for each in found] == [each.fdt.tolist() for each in expected]
+    assert not any(bool((each.first_margin < 0).any()) for each in found)
 
 
 @needs_kernels
