@@ -59,6 +59,24 @@ def test_every_isa_gives_the_bits_of_the_twin(
         assert torch.equal(y, one_liner(x, qweight, scale, bias))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2100, 1536, 70), torch.float32),
+        ((4100, 1536, 70), torch.bfloat16),
+        ((2100, 1530, 70), torch.float32),  # rows that do not begin on lines of cache
+        ((2100, 1552, 70), torch.float32),  # half of the last block of columns
+        ((300, 11008, 64), torch.float32),
+    ],
+)
+def test_results_that_caches_do_not_hold(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, qweight, scale = random_case(*shape)
+    x, bias = x.to(dtype), torch.randn(shape[1])
+    for _ in range(3):
+        y = ops.int8_linear(x, qweight, scale, bias, backend="cpu")
+        assert torch.equal(y, ops.int8_linear(x, qweight, scale, bias, backend="reference"))
+
+
 @pytest.mark.parametrize("depth", [1, 15, 16, 63, 64, 65, 127, 1000, MAX_K])
 def test_extremes_do_not_saturate(isa: str, depth: int) -> None:
     signs = torch.where(torch.rand(6, depth) < 0.5, -1.0, 1.0)

@@ -36,6 +36,11 @@ constexpr int64_t kOwnWeightBytes = int64_t{4} << 20;
 constexpr int64_t kPackTokensFromAmx = 5;
 // Fewer tokens are finished before the weights have come; dot products read those in the order of memory.
 constexpr int64_t kPackTokensFromVnni = 25;
+// So much of y for a thread is not in its second-level cache any more when it is read: stored past the caches
+// it need not come from memory before. On a Xeon with AMX that takes 0.66 to 0.96 of the time, of less y up
+// to 1.07.
+constexpr int64_t kStreamedBytes = int64_t{5} << 20;
+constexpr int64_t kLineBytes = 64;
 // A row of quantized tokens is an odd multiple of this long, so that the same part of 16 tokens, together
 // with weights, fit into a first-level cache whose ways hold 4 KiB.
 constexpr int64_t kTokenStride = 1024;
@@ -206,11 +211,19 @@ bool by_rows(const Int8Linear& args, int num_threads) {
   return true;
 }
 
+bool is_streamed(CpuIsa isa, const Int8Linear& args, int num_threads) {
+  const int64_t row_bytes = args.N * size_of(args.type);
+  const bool on_lines = reinterpret_cast<uintptr_t>(args.y) % kLineBytes == 0 && row_bytes % kLineBytes == 0;
+  return isa == CpuIsa::kAmx && on_lines && args.M * row_bytes >= kStreamedBytes * std::max(1, num_threads);
+}
+
 }  // namespace
 
-void int8_linear(CpuIsa isa, const Int8Linear& args, int num_threads) {
+void int8_linear(CpuIsa isa, const Int8Linear& given, int num_threads) {
   require_cpu_isa(isa);
-  if (args.K > kInt8LinearMaxK) throw std::invalid_argument("int8_linear: K is too large for int32 sums");
+  if (given.K > kInt8LinearMaxK) throw std::invalid_argument("int8_linear: K is too large for int32 sums");
+  Int8Linear args = given;
+  args.stream_y = is_streamed(isa, args, num_threads);
   populate_large_pages(args.y, args.M * args.N * size_of(args.type), num_threads);
   if (isa == CpuIsa::kAmx && by_rows(args, num_threads)) return;
   const int64_t pack_from = isa == CpuIsa::kAmx ? kPackTokensFromAmx : kPackTokensFromVnni;

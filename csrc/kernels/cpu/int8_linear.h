@@ -31,6 +31,8 @@ struct Int8Linear {
   const float* bias;
   int64_t M, N, K;
   void* y;
+  // Set by int8_linear itself: whole lines of y pass by the caches. Then its rows are on lines of cache.
+  bool stream_y = false;
 };
 
 constexpr int64_t kInt8LinearMaxK = (int64_t{1} << 17) - 1;

@@ -47,12 +47,24 @@ void store_rows(const Int8Linear& args, const float* scale_x, int64_t m, int64_t
       if (args.bias != nullptr) value[half] = _mm512_add_ps(value[half], bias[half]);
     }
     const int64_t at = (m + i) * args.N + n;
+    const bool streamed = args.stream_y && cols == kTileBlock;
     if (type == FloatType::kFloat32) {
-      _mm512_mask_storeu_ps(static_cast<float*>(args.y) + at, lanes[0], value[0]);
-      _mm512_mask_storeu_ps(static_cast<float*>(args.y) + at + 16, lanes[1], value[1]);
+      float* y = static_cast<float*>(args.y) + at;
+      if (streamed) {
+        _mm512_stream_ps(y, value[0]);
+        _mm512_stream_ps(y + 16, value[1]);
+      } else {
+        _mm512_mask_storeu_ps(y, lanes[0], value[0]);
+        _mm512_mask_storeu_ps(y + 16, lanes[1], value[1]);
+      }
     } else {
-      _mm512_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + at, first_words(cols),
-                               bfloat16_words(value[0], value[1]));
+      uint16_t* y = static_cast<uint16_t*>(args.y) + at;
+      const __m512i words = bfloat16_words(value[0], value[1]);
+      if (streamed) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(y), words);
+      } else {
+        _mm512_mask_storeu_epi16(y, first_words(cols), words);
+      }
     }
   }
 }
@@ -88,6 +100,7 @@ void int8_rows_amx(const Int8Linear& args, const char* packed_weight, int64_t m0
                                store(args, scratch.scale + i, m0 + i, smaller(kTileBlock, rows - i), n,
                                      smaller(kTileBlock, args.N - n), sums);
                              });
+  if (args.stream_y) _mm_sfence();
 }
 
 }  // namespace dtm_fast

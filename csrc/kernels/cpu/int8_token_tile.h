@@ -50,7 +50,9 @@ void store_block(const Int8Linear& args, const float* scale_x, int64_t m0, int64
   for (int64_t i = 0; i < 16; ++i) {
     if (i >= rows) break;
     const int64_t first = (m0 + i) * args.N + n0;
-    if (type == FloatType::kFloat32) {
+    if (type == FloatType::kFloat32 && args.stream_y && cols == 16) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<float*>(args.y) + first), r[i]);
+    } else if (type == FloatType::kFloat32) {
       _mm512_mask_storeu_epi32(static_cast<float*>(args.y) + first, first_lanes(cols), r[i]);
     } else {
       _mm512_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + first, first_words(cols), r[i]);

@@ -194,6 +194,7 @@ static void multiply_tile(const Int8Linear& args, const Int8Tokens& tokens, int6
     const Columns<type> columns = {args, tokens, m0, rows, n0 + j, count, panel, sums};
     count == kBlock&& rows <= kInPlaceRows ? columns.in_place() : columns.by_panels();
   }
+  if (args.stream_y) _mm_sfence();
 }
 
 void int8_token_tile_amx(const Int8Linear& args, const Int8Tokens& tokens, int64_t m0, int64_t rows,
