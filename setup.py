@@ -8,20 +8,23 @@ Environment:
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 
 
 def switch(name: str) -> str:
     """The value of an environment variable that is AUTO, ON or OFF."""
-    value = os.environ.get(name, "AUTO").upper()
+    value = os.environ.get(name, "").strip().upper() or "AUTO"
     if value not in ("AUTO", "ON", "OFF"):
         raise SystemExit(f"{name}={value}: expected AUTO, ON or OFF")
     return value
@@ -33,17 +36,28 @@ def why_not_native() -> str | None:
         return f"the native code is for x86-64 Linux, this is {platform.machine()} {sys.platform}"
     if shutil.which("cmake") is None:
         return "cmake is not installed"
-    if not any(
-        shutil.which(compiler) for compiler in (os.environ.get("CXX"), "c++", "g++", "clang++") if compiler
-    ):
+    named = shlex.split(os.environ.get("CXX", ""))[:1]  # flags may follow
+    if not any(shutil.which(compiler) for compiler in (*named, "c++", "g++", "clang++")):
         return "no C++ compiler (c++, g++, clang++ or $CXX) is installed"
+    if shutil.which("ninja") is None and shutil.which("make") is None:
+        return "neither ninja nor make is installed"
     return None
+
+
+def jobs() -> str:
+    """Compiler processes at a time."""
+    value = os.environ.get("MAX_JOBS", "").strip() or str(os.cpu_count() or 1)
+    if not value.isdecimal() or int(value) < 1:
+        raise SystemExit(f"MAX_JOBS={value}: expected a whole number of at least 1")
+    return value
 
 
 def native_extensions() -> list[Extension]:
     """The extension modules to build: none, _cpu, or _cpu and _cuda."""
     native, cuda = switch("DTM_FAST_NATIVE"), switch("DTM_FAST_CUDA")
     if native == "OFF":
+        if cuda == "ON":
+            raise SystemExit("DTM_FAST_CUDA=ON needs native code, but DTM_FAST_NATIVE=OFF")
         return []
     reason = why_not_native()
     if reason is not None:
@@ -65,7 +79,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         output = Path(self.get_ext_fullpath(extension.name)).resolve().parent
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cuda = any(each.name == "dtm_fast._cuda" for each in self.extensions)
         arguments = [
             "-DDTM_FAST_PYTHON=ON",
@@ -77,10 +91,39 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         if ninja is not None:
             arguments += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        target = extension.name.rpartition(".")[2]
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", target, "--parallel", jobs], check=True)
+        target = ["--target", extension.name.rpartition(".")[2], "--parallel", jobs()]
+        try:
+            subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *arguments], check=True)
+            subprocess.run(["cmake", "--build", str(folder), *target], check=True)
+        except subprocess.CalledProcessError:
+            raise SystemExit(
+                f"dtm-fast: {extension.name} cannot be built, see above; DTM_FAST_CUDA=OFF installs without kernels "
+                "for GPUs, DTM_FAST_NATIVE=OFF without native code"
+            ) from None
 
 
-setup(ext_modules=native_extensions(), cmdclass={"build_ext": CMakeBuild})
+class FreshBuild(build):
+    """Puts nothing into a wheel that an earlier build has left."""
+
+    def run(self) -> None:
+        """Begin with an empty folder; CMake's own is another."""
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class EditableWheel(editable_wheel):
+    """Leaves no module beside the sources that this installation does not have."""
+
+    def run(self) -> None:
+        """Remove them first."""
+        wanted = {extension.name.rpartition(".")[2] for extension in self.distribution.ext_modules or ()}
+        for module in (ROOT / "dtm_fast").glob("_c*.so"):
+            if module.name.partition(".")[0] not in wanted:
+                module.unlink()
+        super().run()
+
+
+setup(
+    ext_modules=native_extensions(),
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild, "editable_wheel": EditableWheel},
+)

@@ -21,8 +21,15 @@ from dtm_fast.measure import EXTRA_METRICS, Floor, Measurement
 from dtm_fast.plan import Plan
 from dtm_fast.plan.recorded import OnFinished
 
+_LEAST_WIDTH = 20  # columns; nothing can be read with fewer
+
 
 class _Console(Console):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.width < _LEAST_WIDTH:  # as COLUMNS=0 says where there is no terminal
+            self.width = 80
+
     def on_broken_pipe(self) -> None:
         """As any other output does; rich would end the program with 1, which says that a check failed."""
         raise BrokenPipeError
@@ -196,6 +203,8 @@ def comparison_table(found: Mapping[str, Sequence[Measurement]], budgets: Sequen
 def doctor_tables(info: Mapping[str, Any]) -> Iterator[Table]:
     """What ``backend_info()`` says: the machine, then which implementation each operation uses."""
     machine = Table(title="Machine", show_header=False, title_justify="left")
+    for _ in range(2):
+        machine.add_column(overflow="fold")
     for part, content in info.items():
         if part != "operations":
             for name, value in content.items():
@@ -203,7 +212,7 @@ def doctor_tables(info: Mapping[str, Any]) -> Iterator[Table]:
     yield machine
     operations = Table(title="Operations", title_justify="left")
     for column in ("operation", "on", "runs", "because"):
-        operations.add_column(column)
+        operations.add_column(column, overflow="fold")
     for operation, devices in info["operations"].items():
         for device, choice in devices.items():
             operations.add_row(operation, device, choice["backend"], choice["reason"])

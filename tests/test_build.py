@@ -1,9 +1,13 @@
 """The build: which extensions setup.py builds, and that no instruction set leaks into baseline code."""
 
+import os
 import re
 import runpy
 import shutil
 import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -96,6 +100,94 @@ def test_cuda_can_be_switched(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no tools to build native code here")
     assert extensions(monkeypatch, DTM_FAST_CUDA="OFF") == ["dtm_fast._cpu"]
     assert extensions(monkeypatch, DTM_FAST_CUDA="ON") == ["dtm_fast._cpu", "dtm_fast._cuda"]
+
+
+def test_gpu_kernels_need_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="DTM_FAST_CUDA=ON needs native code, but DTM_FAST_NATIVE=OFF"):
+        extensions(monkeypatch, DTM_FAST_NATIVE="OFF", DTM_FAST_CUDA="ON")
+
+
+def test_an_empty_switch_is_none_and_a_compiler_may_have_flags(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("cmake", "my-compiler", "make"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"PATH": str(tmp_path), "DTM_FAST_NATIVE": " ", "DTM_FAST_CUDA": ""}
+    assert extensions(monkeypatch, **given, CXX="my-compiler -O2") == ["dtm_fast._cpu"]
+    assert extensions(monkeypatch, **given, CXX="another -O2") == []
+    (tmp_path / "make").unlink()
+    assert extensions(monkeypatch, **given, CXX="my-compiler -O2") == []
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of what setuptools looks at, without modules that were built."""
+    copy = tmp_path / "copy"
+    shutil.copytree(
+        ROOT / "dtm_fast", copy / "dtm_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def build(sources: Path, hook: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a hook of the build backend as pip does; what it makes lies in ``out`` beside the sources."""
+    out = sources.parent / "out"
+    out.mkdir(exist_ok=True)
+    code = f"import setuptools.build_meta as backend; backend.{hook}({str(out)!r})"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=sources,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.process
+def test_an_sdist_has_all_that_the_native_build_needs(sources: Path) -> None:
+    shutil.copytree(ROOT / "csrc", sources / "csrc")
+    shutil.copy(ROOT / "constraints.txt", sources)
+    done = build(sources, "build_sdist", DTM_FAST_NATIVE="OFF")
+    assert done.returncode == 0, done.stderr
+    (made,) = (sources.parent / "out").glob("*.tar.gz")
+    with tarfile.open(made) as opened:
+        inside = {name.partition("/")[2] for name in opened.getnames()}
+    needed = {str(each.relative_to(ROOT)) for each in (ROOT / "csrc").rglob("*.*")}
+    assert len(needed) > 100
+    assert needed | {"CMakeLists.txt", "setup.py", "pyproject.toml", "dtm_fast/py.typed"} <= inside
+
+
+@pytest.mark.process
+def test_nothing_of_an_earlier_build_is_installed(sources: Path) -> None:
+    for old in ("build/lib/dtm_fast/renamed.py", "dtm_fast/_cpu.cpython-3.so", "dtm_fast/_cuda.cpython-3.so"):
+        (sources / old).parent.mkdir(parents=True, exist_ok=True)
+        (sources / old).write_text("")
+    done = build(sources, "build_wheel", DTM_FAST_NATIVE="OFF")
+    assert done.returncode == 0, done.stderr
+    (made,) = (sources.parent / "out").glob("*.whl")
+    names = zipfile.ZipFile(made).namelist()
+    assert any("gpu_choices/" in name for name in names)
+    assert not [name for name in names if name.endswith((".so", "renamed.py"))]
+    done = build(sources, "build_editable", DTM_FAST_NATIVE="OFF")
+    assert done.returncode == 0, done.stderr
+    assert not list((sources / "dtm_fast").glob("*.so"))
+
+
+@pytest.mark.process
+def test_a_build_that_fails_says_what_to_do_and_shows_no_traceback(sources: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("no tools to build native code here")
+    (sources / "CMakeLists.txt").write_text('message(FATAL_ERROR "no such thing")\n')
+    done = build(sources, "build_wheel", DTM_FAST_CUDA="OFF")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("dtm-fast: dtm_fast._cpu cannot be built, see above; ")
+    assert "Traceback" not in done.stderr
+    for jobs in ("abc", "0", "-1"):
+        done = build(sources, "build_wheel", DTM_FAST_CUDA="OFF", MAX_JOBS=jobs)
+        assert done.stderr.splitlines()[-1] == f"MAX_JOBS={jobs}: expected a whole number of at least 1"
 
 
 def test_a_misspelt_switch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,3 +59,9 @@ def test_a_bar_ends_with_as_many_as_there_were(seconds, monkeypatch, total):
     finish(seconds, total, 5)
     (task,) = bars[0].tasks
     assert (task.completed, task.total) == (5, 5)
+
+
+@pytest.mark.parametrize("columns", ["0", "1"])
+def test_a_width_in_which_nothing_can_be_read_is_none(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert type(console.out)().width == 80

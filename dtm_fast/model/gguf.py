@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dtm_fast.cache import cache_folder
+from dtm_fast.errors import ModelError
 from dtm_fast.model.soundness import check_complete
 
 _FORMAT = 1  # raise when what is written to the folder changes
@@ -25,17 +26,24 @@ def gguf_as_folder(file: Path) -> Path:
     The folder's name holds the SHA-256 of the file's bytes, so a changed file is converted anew.
 
     Raises:
-        OSError: if the cache cannot be written; whatever transformers raises for a file it cannot read.
+        ModelError: the cache cannot be written.
+        Whatever transformers raises for a file it cannot read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         digest = hashlib.sha256(content)
-    folder = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}-{_FORMAT}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        folder = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}-{_FORMAT}"
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    except OSError as error:
+        raise ModelError(
+            f"{file}: a GGUF is converted into the cache, which cannot be written ({error}): "
+            "set DTM_FAST_CACHE to a folder that can"
+        ) from error
     try:
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

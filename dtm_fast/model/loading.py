@@ -51,10 +51,15 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(source, Path) and source.is_file():
+        missing = f"{name}: reading GGUF needs: pip install 'dtm-fast[gguf]'"
+        if importlib.util.find_spec("gguf") is None:  # transformers would say so on lines of its own
+            raise ModelError(missing)
         try:
             source = gguf_as_folder(source)
+        except ModelError:
+            raise
         except ImportError as error:
-            raise ModelError(f"{name}: reading GGUF needs: pip install 'dtm-fast[gguf]'") from error
+            raise ModelError(missing) from error
         except Exception as error:
             raise ModelError(f"{name}: the GGUF cannot be loaded: {first_line(error)}") from error
     try:

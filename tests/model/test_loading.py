@@ -50,6 +50,14 @@ def test_a_gguf_is_converted_once(smollm2, own_cache):
     assert sorted((own_cache / "gguf").iterdir()) == before
 
 
+@pytest.mark.parametrize("folder", ["/dev/null", "/proc/nowhere", "~no-such-user/cache"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, folder):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("DTM_FAST_CACHE", folder)
+    with pytest.raises(ModelError, match=r"a\.gguf: .* cannot be written \(.+\): set DTM_FAST_CACHE to a"):
+        dtm.load_model(tmp_path / "a.gguf")
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + bytes(40), b"no GGUF at all" * 99])
 def test_a_damaged_gguf_is_refused_and_leaves_nothing_in_the_cache(tmp_path, fresh_cache, content):
     file = tmp_path / "damaged.gguf"
