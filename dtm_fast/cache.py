@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+from dtm_fast.errors import InputError
+
 
 def cache_folder() -> Path:
     """``$DTM_FAST_CACHE``, or ``dtm_fast`` in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``).
 
     Raises:
-        OSError: nobody knows where the home folder is.
+        InputError: nobody knows where the home folder is.
     """
     named = os.environ.get("DTM_FAST_CACHE")
     try:
@@ -16,4 +18,5 @@ def cache_folder() -> Path:
             return Path(named).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dtm_fast"
     except RuntimeError as error:
-        raise OSError(f"no cache folder, DTM_FAST_CACHE is {named!r}: {error}") from error
+        said = "is not set" if named is None else f"is {named!r}"
+        raise InputError(f"there is no cache folder, for DTM_FAST_CACHE {said}: {error}") from error

@@ -1,7 +1,10 @@
 """What importing the package costs, and that all of its names are there."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,7 @@ def test_who_asks_the_command_line_for_help_does_not_wait_for_transformers_or_th
     ended = run(
         f"""
 import sys
+from pathlib import Path
 from dtm_fast.__main__ import main
 
 sys.argv = ["dtm-fast", *{arguments}]
@@ -57,6 +61,7 @@ def test_transformers_is_quiet_in_a_command_that_imports_it():
     ended = run(
         """
 import sys
+from pathlib import Path
 from contextlib import suppress
 from dtm_fast.cli import main
 
@@ -78,6 +83,7 @@ def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback():
     ended = run(
         """
 import sys
+from pathlib import Path
 from dtm_fast.__main__ import main
 
 class Interrupts:
@@ -90,3 +96,23 @@ main()
 """
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_a_room_imports_only_from_those_above_it_in_the_list_of_architecture_md():
+    root = Path(__file__).resolve().parent.parent
+    listed = re.findall(r"^\| `dtm_fast/(\w+)`", (root / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert set(listed) == {path.parent.name for path in (root / "dtm_fast").glob("*/__init__.py")}
+    known = {"ops": {*listed[: listed.index("ops")], "triton_kernels"}, "triton_kernels": {"ops"}}
+    known |= {room: set(listed[:place]) for place, room in enumerate(listed) if room not in known}
+    known["cli"].add("console")
+    for room in listed:
+        for file in (root / "dtm_fast" / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    module = node.module or ""
+                    names = (
+                        [f"dtm_fast.{each.name}" for each in node.names] if module == "dtm_fast" else [module]
+                    )
+                rooms = {name.split(".")[1] for name in names if name.startswith("dtm_fast.")}
+                assert rooms <= known[room] | {room, "errors", "cache", "version"}, f"{file}: {rooms}"

@@ -130,7 +130,7 @@ def test_a_plan_of_smollm2_keeps_through_kills_what_it_measured(tmp_path, smollm
         assert (identity["model"], identity["probes"]) == (model_identity(model), probes.identity)
         kept = list(directory.journal)
     paths = dtm.components(model)[: len(known)]
-    measured = dtm.ReferenceEvaluator(model, probes).measure([{path: dtm.Int8()} for path in paths])
+    measured = dtm.ReferenceEvaluator(model, probes).measure([{path: dtm.Int8()} for path in paths], ["dppl"])
     for row, found in zip(kept, measured, strict=True):
         assert row["configuration"] == dict.fromkeys(found.configuration, "int8")
         assert (row["fdt"], row["sdt"]) == (found.fdt.tolist(), found.sdt.tolist())

@@ -109,7 +109,7 @@ class Bench:
             "configurations": len(self.measured),
         }
 
-    def by_treatment(self, sweep: dict[str, Any]) -> dict[str, float]:
+    def by_treatment(self) -> dict[str, float]:
         """Mean FDT of the sweep, by treatment."""
         return {
             treatment.key: statistics.mean(
@@ -202,7 +202,7 @@ def run(dtype: torch.dtype, quick: bool) -> dict[str, Any]:
         "floor_margin": bench.evaluator.floor.margin,
     }
     result["sweep"] = bench.sweep()
-    result["mean_fdt"] = bench.by_treatment(result["sweep"])
+    result["mean_fdt"] = bench.by_treatment()
     result["race"] = {treatment.key: bench.race(treatment) for treatment in TREATMENTS}
     if dtype == torch.float32:
         result["beam"] = bench.beam()

@@ -85,7 +85,7 @@ checkpoints.add_to(app)
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: AsJson = False) -> None:
-    """Writes report.html and heatmap.png of a run, finished or not."""
+    """Writes report.html, heatmap.png and curve.png of a run, finished or not."""
     with RunDirectory.read(run) as directory:
         written = write_report_of(directory)
     if as_json:

@@ -124,11 +124,13 @@ def prune_command(
             help="Train after each round, on this text; as --text. The model in round-R, R the number of steps."
         ),
     ] = None,
-    masked_steps: Annotated[int, typer.Option(help="Of --recover, with the mask.")] = 450,
-    unmasked_steps: Annotated[int, typer.Option(help="Of --recover, after them and without it.")] = 50,
-    batch: Annotated[int, typer.Option(help="Sequences in a step of --recover.")] = 256,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence of --recover.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Of --recover, the highest.")] = 1e-4,
+    masked_steps: Annotated[int, typer.Option(help="Of --recover, with the mask.")] = Recovery.masked_steps,
+    unmasked_steps: Annotated[
+        int, typer.Option(help="Of --recover, after them and without it.")
+    ] = Recovery.unmasked_steps,
+    batch: Annotated[int, typer.Option(help="Sequences in a step of --recover.")] = Recovery.batch,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence of --recover.")] = Recovery.length,
+    learning_rate: Annotated[float, typer.Option(help="Of --recover, the highest.")] = Recovery.learning_rate,
     as_json: AsJson = False,
 ) -> None:
     """Prunes in rounds, each component as far as its FDT allows; with --recover trains after each, as the paper."""

@@ -10,10 +10,10 @@ from dtm_fast.export.forms import INT_QUANTIZED, MIXED, PACK_QUANTIZED
 NAIVE_QUANTIZED = "naive-quantized"
 _FORMATS = {
     "dense",
-    "int-quantized",
+    INT_QUANTIZED,
     "float-quantized",
-    "naive-quantized",
-    "pack-quantized",
+    NAIVE_QUANTIZED,
+    PACK_QUANTIZED,
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
     "mxfp6-pack-quantized",

@@ -47,6 +47,7 @@ def export_llama_quantize(plan: Plan, decoder: Decoder, file: str | Path) -> Non
 
     Raises:
         InputError: the plan is for another model.
+        ModelError: llama.cpp has no type for the model's dtype.
         ComponentError: a component has no name in llama.cpp that is known here.
         TreatmentError: llama-quantize has no such treatment, or K is no multiple of 32.
         RunError: the file cannot be written.

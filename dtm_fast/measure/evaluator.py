@@ -191,11 +191,11 @@ class Evaluator:
             ComponentError, TreatmentError: the configuration does not fit the model.
         """
         if self._layers is None or self._first is None:
-            raise ValueError(f"only fused layers can start from other states; here run {self.engine}")
+            raise ValueError(f"only layers of our own can start from other states; here run {self.engine}")
         check_configuration(self.decoder, configuration)
         for path, treatment in configuration.items():
             if not self._layers.can_run_in_parts({path: treatment}):
-                raise ValueError(f"the fused layers do not know {treatment.key} of {path}")
+                raise ValueError(f"layers of our own do not know {treatment.key} of {path}")
         other = copy.copy(self)
         of_the_model = self._layers.of_the_model
         rooms = [] if instead_of is None else instead_of._states_given_up(of_the_model)
@@ -262,8 +262,8 @@ class Evaluator:
 
         Args:
             configurations: ``{}`` is the model as it is.
-            metrics: what to measure beyond FDT; names of ``EXTRA_METRICS``. Without any, a probe is left as soon as it
-                diverges, and a float32 model is computed by differences to the base where these decide.
+            metrics: what to measure beyond FDT: ``"sdt"`` and names of ``EXTRA_METRICS``. Without any, a probe is left
+                as soon as it diverges, and a float32 model is computed by differences to the base where these decide.
 
         Raises:
             ComponentError, TreatmentError: a configuration does not fit the model; nothing is measured then.
@@ -304,8 +304,8 @@ class Evaluator:
             on_finished: called with each other configuration's result before the next is read.
 
         Raises:
-            ValueError: k or error is out of range, by is neither, or there are no fused layers (``engine`` says why),
-                without which nothing is saved.
+            ValueError: k or error is out of range, by is neither, or there are no layers of our own (``engine`` says
+                why), without which nothing is saved.
             ComponentError, TreatmentError, NotFiniteError: as ``iterate``.
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -315,7 +315,7 @@ class Evaluator:
         if by not in get_args(By):
             raise ValueError(f"a race is decided by {' or '.join(get_args(By))}, not by {by!r}")
         if self._first is None:
-            raise ValueError(f"a race needs the fused layers; here run {self.engine}")
+            raise ValueError(f"a race needs layers of our own; here run {self.engine}")
         candidates = {name_of(each): each for each in several(configurations)}
         for configuration in candidates.values():
             check_configuration(self.decoder, configuration)

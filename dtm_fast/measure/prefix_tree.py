@@ -109,6 +109,15 @@ def walk(
     """
     if not node.children and not node.ends:
         return  # the tree of no configurations
+
+    def next_of(child: Node) -> _State | MeasurementError | None:
+        if isinstance(state, MeasurementError):
+            return state
+        try:
+            return None if child.is_base else advance(child, state)
+        except MeasurementError as failure:
+            return failure.with_traceback(None)  # whose frames hold tensors
+
     while node.children:
         # The child with the most leaves comes last: its parent's state is not needed any more.
         *others, largest = sorted(node.children.values(), key=lambda child: child.size)
@@ -116,27 +125,14 @@ def walk(
             if stop_at_chains and child.size == 1:
                 yield child, state
             else:
-                below = _next(child, state, advance)
-                yield from walk(child, below, advance, stop_at_chains=stop_at_chains)
+                # No name holds the child's state, so that it goes as soon as that of its own child is there.
+                yield from walk(child, next_of(child), advance, stop_at_chains=stop_at_chains)
         if stop_at_chains and largest.size == 1:
             yield largest, state
             return
-        state = _next(largest, state, advance)
+        state = next_of(largest)
         node = largest
     yield node, state
-
-
-def _next(
-    child: Node,
-    state: _State | MeasurementError | None,
-    advance: Callable[[Node, _State | None], _State],
-) -> _State | MeasurementError | None:
-    if isinstance(state, MeasurementError):
-        return state
-    try:
-        return None if child.is_base else advance(child, state)
-    except MeasurementError as failure:
-        return failure.with_traceback(None)  # whose frames hold tensors
 
 
 def _top_down(root: Node) -> Iterator[Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -220,7 +221,7 @@ def _cache_file(
 
 def _save(probes: Probes, file: Path) -> None:
     """Writes the file whole or not at all; a cache that cannot be written is only a warning."""
-    unfinished = file.with_suffix(f".{id(probes)}")
+    unfinished = file.with_suffix(f".{os.getpid()}-{id(probes)}")
     numbers = {"prefix": probes.prefix, "completion": probes.completion}
     numbers |= {"corrected": probes.corrected, "batch_size": probes.batch_size}
     try:

@@ -62,19 +62,19 @@ class ReferenceEvaluator:
         return self_divergence(self.base, self.probes)
 
     def measure(
-        self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("dppl",)
+        self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("sdt",)
     ) -> list[Measurement]:
         """``list(self.iterate(configurations, metrics))``."""
         return list(self.iterate(configurations, metrics))
 
     def iterate(
-        self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("dppl",)
+        self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("sdt",)
     ) -> Iterator[Measurement]:
         """Measures one configuration after the other and hands each over as it is done.
 
         Args:
             configurations: ``{}`` is the model as it is.
-            metrics: what to measure beyond FDT and SDT; names of ``EXTRA_METRICS``.
+            metrics: what to measure beyond FDT and SDT, which are always measured: names of ``EXTRA_METRICS``.
 
         Raises:
             ComponentError, TreatmentError: a configuration does not fit the model.

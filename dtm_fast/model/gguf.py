@@ -26,17 +26,17 @@ def gguf_as_folder(file: Path) -> Path:
     The folder's name holds the SHA-256 of the file's bytes, so a changed file is converted anew.
 
     Raises:
-        ModelError: the cache cannot be written.
+        InputError: there is no cache, or it cannot be written.
         Whatever transformers raises for a file it cannot read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         digest = hashlib.sha256(content)
+    folder = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}-{_FORMAT}"
+    if folder.is_dir():
+        return folder
     try:
-        folder = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}-{_FORMAT}"
-        if folder.is_dir():
-            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     except OSError as error:

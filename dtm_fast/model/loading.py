@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dtm_fast.errors import ModelError
+from dtm_fast.errors import InputError, ModelError
 from dtm_fast.model.gguf import gguf_as_folder
 from dtm_fast.model.soundness import (
     check_causal,
@@ -56,7 +56,7 @@ def load_model(
             raise ModelError(missing)
         try:
             source = gguf_as_folder(source)
-        except ModelError:
+        except InputError:
             raise
         except ImportError as error:
             raise ModelError(missing) from error

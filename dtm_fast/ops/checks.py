@@ -145,7 +145,7 @@ def no_gradient_needed(operation: str, *tensors: torch.Tensor | None) -> None:
     """Raise RuntimeError if autograd would need a derivative of this operation."""
     no_tangent(operation, *tensors)
     if gradient_needed(*tensors):
-        raise RuntimeError(f"{operation} has no backward yet; call it under torch.no_grad()")
+        raise RuntimeError(f"{operation} has no backward; call it under torch.no_grad()")
 
 
 def capturing(x: torch.Tensor) -> bool:

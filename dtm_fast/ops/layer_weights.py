@@ -20,7 +20,7 @@ class Arithmetic(enum.IntEnum):
     """In float32, the sums in the order of masked_linear."""
     CHANGE = 1
     """Against known states of the base: only differences are multiplied, rounded to bfloat16, and added to what the
-    base has, `y' = y_base + W (x' - x_base) + (W' - W) x_base`. States that enter and leave are differences."""
+    base has, `y' = y_base + W' (x' - x_base) + (W' - W) x_base`. States that enter and leave are differences."""
     BFLOAT16 = 2
     """As a model in bfloat16: products summed in float32, every result rounded where transformers stores it."""
     FINE_CHANGE = 3

@@ -19,8 +19,8 @@ def quantize_int8(weight: torch.Tensor, *, backend: str | None = None) -> tuple[
         backend: None (the best), "cpu", "cuda", "triton" or "reference".
 
     Returns:
-        qweight: [N, K] int8 in [-127, 127].
-        scale: [N] float32; weight ≈ qweight * scale[:, None].
+        qweight: int8 in [-127, 127], of weight's shape.
+        scale: [N] or [...] float32; weight ≈ qweight * scale[..., None].
 
     Raises:
         TypeError: weight is no dense tensor of such a dtype.

@@ -92,10 +92,14 @@ def plan_in_order(
         stop: when to end.
         every: components between two measurements of the joint configuration.
 
+    Raises:
+        InputError: there is no such ranking, or ``stop`` or ``every`` cannot be meant.
+
     Source: Deiseroth et al. 2023 (papers.md §1.7), its beam search at width 1 with the order fixed beforehand.
     """
     metrics = metrics_for(ranked_by)
     check_every(every)
+    stop.check(recorded.evaluator.probes.completion)
     order = rank(sweep(recorded, treatment, metrics), ranked_by)
     most = _most(recorded.decoder, order, treatment, stop)
     points: dict[int, Point] = {}

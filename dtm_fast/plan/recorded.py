@@ -58,7 +58,7 @@ class RecordedEvaluator:
         return str(self.journal.identity.get("model", ""))
 
     def measure(
-        self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("dppl",)
+        self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("sdt",)
     ) -> list[Measurement]:
         """The measurement of each configuration, in order, each committed as soon as it is finished.
 
@@ -118,8 +118,8 @@ class RecordedEvaluator:
         """One that measures from the states of ``configuration`` (``Evaluator.rebased``), into the same journal.
 
         FDT is the same from any states, only sooner from near ones. So where the evaluator cannot start from these
-        (it is no ``dtm_fast.Evaluator``, it has no fused layers, or they do not know a treatment) this one itself is
-        returned.
+        (it is no ``dtm_fast.Evaluator``, it has no layers of its own, or they do not know a treatment) this one itself
+        is returned.
 
         Args:
             configuration: whose states to start from.

@@ -47,7 +47,7 @@ def curve_layout(over: str, **axis: Any) -> dict[str, Any]:
 
     Args:
         over: what the horizontal axis is.
-        axis: more of the horizontal axis.
+        **axis: more of the horizontal axis.
     """
     common = {
         "gridcolor": GRID,

@@ -15,7 +15,9 @@ from dtm_fast.runs.journal import EmptyJournalError, Journal
 
 
 class RunDirectory:
-    """``runs/NAME/`` with ``journal.sqlite``, ``run.json``, ``plan.json``, ``report.html``, ``heatmap.png``.
+    """``runs/NAME/`` with ``journal.sqlite``, ``run.json``, ``plan.json`` or ``comparison.json``, and the report.
+
+    Searches with other probes or trainings have folders within: ``confirming``, ``round-1`` and so on.
 
     ``with RunDirectory.resume(path, identity) as run:`` makes or reopens it for writing;
     ``RunDirectory.read(path)`` opens one that exists, to report on it.

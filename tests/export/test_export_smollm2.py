@@ -47,9 +47,9 @@ def test_smollm2_is_exported_and_measured_again(smollm2, folder):
     assert by_transformers.lm_head.weight is by_transformers.model.embed_tokens.weight
     with torch.no_grad():
         by_transformers(probes.tokens[:1])  # decompresses
-    found = ReferenceEvaluator(by_transformers, probes, base=model).measure([{}])[0]
+    found = ReferenceEvaluator(by_transformers, probes, base=model).measure([{}], ["dppl"])[0]
     with arithmetic_of_transformers(model, configuration):
-        expected = ReferenceEvaluator(model, probes).measure([{}])[0]
+        expected = ReferenceEvaluator(model, probes).measure([{}], ["dppl"])[0]
     assert found.fdt.tolist() == expected.fdt.tolist()
     assert torch.equal(found.dppl, expected.dppl)
     del by_transformers

@@ -374,5 +374,5 @@ def test_a_race_that_cannot_be_meant_is_refused(llama, make_probes, k, error, li
 
 def test_a_race_needs_the_fused_layers(make_probes):
     model = tiny.model_of("gpt2")
-    with pytest.raises(ValueError, match="a race needs the fused layers; here run transformers' own"):
+    with pytest.raises(ValueError, match="a race needs layers of our own; here run transformers' own"):
         dtm.Evaluator(model, make_probes(model, 2)).best([{}], 1)

@@ -99,7 +99,7 @@ def test_it_says_which_layers_run(cuda, make_probes):
     why = "GPT2Block is no layer that the fused kernel knows"
     evaluator = dtm.Evaluator(other, make_probes(other, 2))
     assert evaluator.engine == f"transformers' own layers ({why})"
-    with pytest.raises(ValueError, match=f"a race needs the fused layers; .*{why}"):
+    with pytest.raises(ValueError, match=f"a race needs layers of our own; .*{why}"):
         evaluator.best([{UP: dtm.Int8()}], 1)
 
 

@@ -128,7 +128,7 @@ def test_from_the_states_of_a_configuration_probes_are_read_to_where_it_diverges
 @needs_kernels
 def test_states_to_start_from_that_cannot_be_had_are_refused(llama, make_probes):
     probes = make_probes(llama, 6)
-    with pytest.raises(ValueError, match="only fused layers can start from other states"):
+    with pytest.raises(ValueError, match="only layers of our own can start from other states"):
         dtm.Evaluator(llama, probes, layers="transformers").rebased({UP: dtm.Int8()})
     with pytest.raises(ValueError, match=f"do not know w8a8.* of {UP}"):
         dtm.Evaluator(llama, probes).rebased({UP: dtm.W8A8()})

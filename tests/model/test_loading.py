@@ -3,7 +3,7 @@ import tiny
 import torch
 
 import dtm_fast as dtm
-from dtm_fast.errors import ModelError
+from dtm_fast.errors import InputError, ModelError
 from dtm_fast.model import model_identity
 from dtm_fast.model.loading import PACKAGED_MODELS
 
@@ -50,11 +50,18 @@ def test_a_gguf_is_converted_once(smollm2, own_cache):
     assert sorted((own_cache / "gguf").iterdir()) == before
 
 
-@pytest.mark.parametrize("folder", ["/dev/null", "/proc/nowhere", "~no-such-user/cache"])
+@pytest.mark.parametrize("folder", ["/dev/null", "/proc/nowhere"])
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, folder):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("DTM_FAST_CACHE", folder)
     with pytest.raises(ModelError, match=r"a\.gguf: .* cannot be written \(.+\): set DTM_FAST_CACHE to a"):
+        dtm.load_model(tmp_path / "a.gguf")
+
+
+def test_a_cache_in_the_home_of_nobody_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("DTM_FAST_CACHE", "~no-such-user/cache")
+    with pytest.raises(InputError, match="no cache folder, for DTM_FAST_CACHE is '~no-such-user/cache'"):
         dtm.load_model(tmp_path / "a.gguf")
 
 

@@ -127,5 +127,5 @@ def test_a_compiled_operation_does_not_lose_a_gradient_silently(backend: str | N
     hidden, lm_head = torch.randn(2, 4, 16, requires_grad=True), torch.randn(3, 16)
     reference = torch.zeros(2, 4, dtype=torch.int64)
     compiled = torch.compile(ops.token_divergence, fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="token_divergence has no backward yet"):
+    with pytest.raises(Exception, match="token_divergence has no backward"):
         compiled(hidden, lm_head, reference, backend=backend)

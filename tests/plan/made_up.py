@@ -37,13 +37,13 @@ class MadeUpEvaluator:
         self.decoder = SimpleNamespace(
             calibration="", components=components, component=components.__getitem__
         )
-        self.probes = None
+        self.probes = SimpleNamespace(completion=N)
         self.fdt_of = fdt_of
         self.fails_at = fails_at
         self.measured: list[Configuration] = []
 
     def iterate(
-        self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("dppl",)
+        self, configurations: Iterable[Configuration], metrics: Sequence[str] = ("sdt",)
     ) -> Iterator[Measurement]:
         for configuration in configurations:
             if len(self.measured) == self.fails_at:

@@ -253,6 +253,13 @@ def test_every_is_at_least_one_and_is_refused_before_anything_is_measured(settin
     assert setting.evaluator.measured == []
 
 
+def test_a_stop_is_refused_before_anything_is_measured(setting):
+    for stop in (Stop(components=-3), Stop(share=5.0), Stop(min_fdt=1e9)):
+        with pytest.raises(InputError, match=r"^stop: "):
+            setting.plan(stop=stop)
+    assert setting.evaluator.measured == []
+
+
 def test_an_unknown_ranking_is_refused_before_anything_is_measured(setting):
     with pytest.raises(InputError, match="no ranking 'bleu'; known: fdt75, dppl, perplexity"):
         setting.plan(by="bleu")

@@ -90,7 +90,7 @@ def test_an_evaluator_may_measure_in_its_own_order(journal, evaluator):
 
 
 def test_the_journal_keeps_it_under_its_identity(journal, evaluator):
-    (found,) = RecordedEvaluator(evaluator, journal).measure([A])
+    (found,) = RecordedEvaluator(evaluator, journal).measure([A], ["dppl"])
     assert journal.find(configuration_identity(A), ["dppl"]) == found.to_json()
 
 
