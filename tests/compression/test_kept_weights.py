@@ -77,6 +77,14 @@ def test_another_weight_treatment_or_calibration_is_another_result(llama, decode
     assert slow.asked == 4
 
 
+def test_the_same_bytes_in_another_shape_or_dtype_are_another_weight():
+    kept, slow = KeptWeights(2**20), Slow(0.5)
+    weight = torch.randn(4, 4)
+    for other in (weight, weight.view(2, 8), weight.view(torch.int32), weight):
+        assert torch.equal(kept.of(other, slow, None), other * 0.5)
+    assert slow.asked == 3
+
+
 def test_a_weight_that_was_changed_is_another_one(decoder):
     component, slow = decoder.component(UP), Slow(0.5)
     first = compressed_weight(component, slow)

@@ -64,6 +64,7 @@ def test_the_first_group_is_of_the_smallest_margins_and_can_settle_the_percentil
     first = Contest(3, given_margins).groups[0]
     smallest = given_margins.amin(1)
     rest = [probe for probe in range(probes) if probe not in first]
+    assert rest or probes < 8
     assert not rest or max(smallest[list(first)]) <= min(smallest[rest])
     fdt = torch.full((probes,), N)
     fdt[list(first)] = 3
@@ -125,6 +126,24 @@ def test_statistics_drop_one_of_the_best_no_more_often_than_said(error):
                 dropped += 1
                 break
     assert dropped / trials <= error + 0.02  # two standard errors of 2,000 trials
+
+
+@pytest.mark.parametrize("probes", range(2, 65))
+def test_statistics_ask_for_as_many_good_probes_as_the_percentile_needs(probes):
+    needed = next(
+        good for good in range(1, probes + 1) if fdt75(torch.tensor([N] * good + [0] * (probes - good))) == N
+    )
+    # All but one probe are read, and so many are good that with the last one it is, or is not, enough.
+    for good, error, goes_on in ((needed - 1, 1e-9, True), (needed - 2, 1 - 1e-9, False)):
+        if good < 0:
+            continue
+        contest = Contest(1, margins(probes), error)
+        contest.take(named("b"), torch.full((probes,), N))
+        order = [probe for group in contest.groups for probe in group]
+        fdt, seen = torch.full((probes,), N), torch.zeros(probes, dtype=torch.int64)
+        seen[order[:-1]], fdt[order[good:-1]] = N, 0
+        lost = contest.why_lost(named("a"), FirstDivergence(N, fdt, torch.zeros(probes), seen))
+        assert (lost is None) == goes_on
 
 
 def test_statistics_drop_a_bad_one_early():

@@ -45,3 +45,8 @@ def test_of_equals_the_first_stays():
     one, two = (Point(n, 0.5, 8.0, 10.0, 9.0, 1.0, None) for n in (1, 2))
     assert front([one, two]) == [one]
     assert front([one], "dppl") == []
+
+
+def test_of_equal_size_and_fdt75_the_higher_mean_fdt_stays():
+    low, high = (Point(1, 0.5, 8.0, 5.0, fdt, 1.0, None) for fdt in (1.0, 2.0))
+    assert front([low, high], "fdt75") == front([high, low], "fdt75") == [high]

@@ -75,3 +75,13 @@ def test_what_looks_harmless_is_made_small_only_where_the_budget_asks():
 
 def test_harms_below_zero_are_gains():
     assert choose([[Option(16, 0.0), Option(8, -1.0)]], 100) == [1]
+
+
+def test_what_is_left_goes_to_the_option_that_helps_most():
+    # The cheapest options take 0 bits; the hulls' next steps are too large for a budget of 5.
+    rows = [
+        [Option(0, 10.0), Option(5, 9.0), Option(100, 0.0)],
+        [Option(0, 10.0), Option(5, 4.0), Option(9, 0.0)],
+    ]
+    assert choose(rows, 5) == [0, 1]
+    assert choose(rows[::-1], 5) == [1, 0]

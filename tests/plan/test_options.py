@@ -12,8 +12,8 @@ from dtm_fast.plan.options import Options
 SHAPES = {"a": (4, 8), "b": (2, 8), "c": (2, 16)}
 
 
-def decoder():
-    components = {path: SimpleNamespace(shape=(n, k), numel=n * k) for path, (n, k) in SHAPES.items()}
+def decoder(shapes=SHAPES):
+    components = {path: SimpleNamespace(shape=(n, k), numel=n * k) for path, (n, k) in shapes.items()}
     return SimpleNamespace(components=components, component=components.__getitem__)
 
 
@@ -93,3 +93,11 @@ def test_equal_treatments_count_once_and_none_is_refused():
     assert options(treatments=[Int8(), Int8()]).choices == [None, Int8()]
     with pytest.raises(InputError, match="treatments: at least one"):
         options(treatments=[])
+
+
+@pytest.mark.parametrize("rows", range(3, 40, 4))
+def test_the_named_smallest_budget_is_rounded_up(rows):
+    found = Options(decoder({"a": (rows, 7), "b": (11, 13)}), [Int8()], [("a",)])
+    with pytest.raises(InputError) as refused:
+        found.limit(1.0)
+    found.limit(float(str(refused.value).rsplit(" ", 1)[1]))

@@ -406,3 +406,10 @@ def test_a_plan_killed_in_its_second_round_ends_the_same(tmp_path, monkeypatch):
     rows_of_both = [[row[:2] for row in finished(folder)] for folder in (killed, once)]
     assert rows_of_both[0] == rows_of_both[1]
     assert len(set(rows_of_both[0])) == len(rows_of_both[0]) == 1 + 2 * (PER_ROUND + 1)
+
+
+def test_the_largest_remainders_get_what_rounding_down_loses():
+    most = dict.fromkeys("abc", 9)
+    assert _whole({"a": 1.2, "b": 1.8, "c": 2.0}, most, 5) == {"a": 1, "b": 2, "c": 2}
+    assert _whole({"a": 1.6, "b": 1.8, "c": 1.6}, most, 5) == {"a": 2, "b": 2, "c": 1}
+    assert _whole({"a": 1.2, "b": 1.8}, {"a": 9, "b": 1}, 3) == {"a": 2, "b": 1}

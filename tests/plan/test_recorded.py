@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from made_up import MadeUpEvaluator, int8
 
@@ -200,3 +202,28 @@ def test_states_of_what_does_not_fit_the_model_or_in_place_of_anothers_are_refus
 def test_a_race_needs_the_fast_evaluator(journal, evaluator):
     with pytest.raises(ValueError, match=r"a race needs dtm_fast\.Evaluator, not MadeUpEvaluator"):
         RecordedEvaluator(evaluator, journal).best([A], 1)
+
+
+def test_sdt_is_known_wherever_it_was_measured(journal, evaluator):
+    recorded = RecordedEvaluator(evaluator, journal)
+    recorded.measure([A], ["dppl"])  # the made-up evaluator measures it always, as the reference does
+    recorded.measure([A], ["sdt"])
+    recorded.measure([A], ["dppl", "sdt"])
+    assert len(evaluator.measured) == 1
+
+
+def test_a_guess_takes_no_proofs_place(journal, racer):
+    candidates = halves(racer)
+    race = RecordedEvaluator(racer, journal).best(candidates, 2)
+    proved = next(each for each in race.dropped if each.proved)
+    guess = replace(proved, proved=False, highest=proved.highest - 1)
+    identity = configuration_identity(proved.configuration)
+    journal.add_bound(identity, proved.to_json())
+
+    def says(wanted, k, *, on_finished, **_):
+        on_finished(guess)
+        return race
+
+    racer.best = says
+    RecordedEvaluator(racer, journal).best(candidates, 2)
+    assert journal.bound(identity) == proved.to_json()

@@ -50,6 +50,17 @@ def test_what_was_added_is_found_again(path):
     journal.close()
 
 
+def test_of_several_that_will_do_the_first_is_found(path):
+    journal = Journal.open(path, IDENTITY)
+    journal.add("c", ["kl"], row(1))
+    journal.add("c", ["dppl", "sdt"], row(2))
+    journal.add("c", ["dppl", "kl", "sdt"], row(3))
+    assert journal.find("c", ["dppl"]) == row(2)
+    assert journal.find("c", ["kl"]) == row(1)
+    assert journal.find("c", ["kl", "sdt"]) == row(3)
+    journal.close()
+
+
 def test_the_bound_added_last_is_found_and_is_no_measurement(path):
     journal = Journal.open(path, IDENTITY)
     journal.add_bound("c", {"highest": 9.5})
