@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dtm_fast.compression import Configuration, configuration_from_json, configuration_to_json
-from dtm_fast.errors import MeasurementError
+from dtm_fast.errors import InputError, MeasurementError
 from dtm_fast.measure.statistics import Summary, summarize
 
 # What can be measured beyond FDT, SDT and first_margin, and what each costs on top.
@@ -138,7 +138,13 @@ class Measurement:
         return self.first_margin <= floor_margin
 
     def summary(self, metric: str) -> Summary:
-        """Mean, median, 75th percentile and intervals of ``metric`` over the probes."""
+        """Mean, median, 75th percentile and intervals of ``metric`` over the probes.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        if metric not in self._summaries:
+            raise InputError(f"{metric} was not measured; {', '.join(self._summaries)} were")
         return self._summaries[metric]
 
     @cached_property

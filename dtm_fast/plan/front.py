@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from dtm_fast.errors import InputError
 from dtm_fast.plan.plan import Point
 
 # What a point is judged by: larger is better.
@@ -19,7 +20,12 @@ def front(points: Iterable[Point], by: str = "fdt") -> list[Point]:
     Args:
         points: any; those without the quality are left out. Of points that are equal in both, the first is kept.
         by: a name of ``QUALITIES``; ``"fdt75"`` is decided by mean FDT where it is equal.
+
+    Raises:
+        InputError: there is no such quality.
     """
+    if by not in QUALITIES:
+        raise InputError(f"no quality {by!r}; known: {', '.join(QUALITIES)}")
     quality = QUALITIES[by]
     kept: list[Point] = []
     known = [(point, found) for point in points if (found := quality(point)) is not None]

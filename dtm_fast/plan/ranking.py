@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from dtm_fast.errors import InputError
 from dtm_fast.measure import Measurement
 from dtm_fast.measure.racing import standing
 
@@ -44,7 +45,12 @@ def rank(measured: Mapping[str, Measurement], by: str = "fdt75") -> list[str]:
         by: ``"fdt75"`` (FDT_75, then mean FDT, then mean SDT), ``"dppl"``, ``"perplexity"`` or ``"kl"`` (mean over
             probes).
 
+    Raises:
+        InputError: there is no such ranking.
+
     Source: Deiseroth et al. 2023 (papers.md §1.7) for the first three, which it compares.
     """
+    if by not in _KEYS:
+        raise InputError(f"no ranking {by!r}; known: {', '.join(_KEYS)}")
     key = _KEYS[by]
     return sorted(measured, key=lambda path: (key(measured[path]), path))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtm_fast import Int8, Measurement, Prune
-from dtm_fast.errors import MeasurementError
+from dtm_fast.errors import InputError, MeasurementError
 from dtm_fast.measure import EXTRA_METRICS, summarize
 
 pytestmark = pytest.mark.once
@@ -108,5 +108,5 @@ def test_a_summary_is_of_the_metrics_values():
 
 
 def test_what_was_not_measured_has_no_summary():
-    with pytest.raises(KeyError):
+    with pytest.raises(InputError, match="dppl was not measured; fdt, sdt were"):
         measurement_of([[0, 1]]).summary("dppl")

@@ -2,9 +2,11 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dtm_fast.errors import InputError
 from dtm_fast.plan.front import QUALITIES, front
 from dtm_fast.plan.plan import Point
 
@@ -50,3 +52,8 @@ def test_of_equals_the_first_stays():
 def test_of_equal_size_and_fdt75_the_higher_mean_fdt_stays():
     low, high = (Point(1, 0.5, 8.0, 5.0, fdt, 1.0, None) for fdt in (1.0, 2.0))
     assert front([low, high], "fdt75") == front([high, low], "fdt75") == [high]
+
+
+def test_an_unknown_quality_is_refused_by_name():
+    with pytest.raises(InputError, match=r"no quality 'nope'; known: fdt75, fdt, sdt, dppl"):
+        front([], "nope")

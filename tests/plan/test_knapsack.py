@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtm_fast.errors import InputError
-from dtm_fast.plan.knapsack import Option, choose
+from dtm_fast.plan.knapsack import Option, _given_back, choose
 
 options = st.builds(Option, st.integers(0, 40), st.integers(-5, 60).map(float))
 units = st.lists(st.lists(options, min_size=1, max_size=4), min_size=1, max_size=5)
@@ -78,10 +78,8 @@ def test_harms_below_zero_are_gains():
 
 
 def test_what_is_left_goes_to_the_option_that_helps_most():
-    # The cheapest options take 0 bits; the hulls' next steps are too large for a budget of 5.
-    rows = [
-        [Option(0, 10.0), Option(5, 9.0), Option(100, 0.0)],
-        [Option(0, 10.0), Option(5, 4.0), Option(9, 0.0)],
-    ]
-    assert choose(rows, 5) == [0, 1]
-    assert choose(rows[::-1], 5) == [1, 0]
+    rows = [[Option(0, 10.0), Option(5, 9.0)], [Option(0, 10.0), Option(5, 4.0), Option(9, 0.0)]]
+    assert _given_back(rows, [0, 0], 5) == [0, 1]
+    assert _given_back(rows[::-1], [0, 0], 5) == [1, 0]
+    assert _given_back(rows, [0, 0], 10) == [0, 2]  # what is left then is too little for another
+    assert _given_back(rows, [0, 0], 14) == [1, 2]
