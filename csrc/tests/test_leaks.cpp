@@ -1,6 +1,6 @@
-// Every kernel that allocates at least 10,000 times, on every instruction set in turn: under ASan, which tells how much is
-// allocated, not a byte may be left over; LeakSanitizer looks again at the end for what is no longer referred
-// to.
+// Every kernel that allocates at least 10,000 times, on every instruction set in turn: under ASan, which
+// tells how much is allocated, not a byte may be left over; LeakSanitizer looks again at the end for what is
+// no longer referred to.
 #include <cstdint>
 #include <cstdio>
 #include <stdexcept>
