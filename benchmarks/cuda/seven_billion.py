@@ -25,8 +25,8 @@ import dtm_fast as dtm
 from benchmarks.cuda.evaluation import Memory
 from benchmarks.evaluator.strong_loop import strong_loop
 from benchmarks.evaluator.ties import Difference, judged
-from dtm_fast.compression import Configuration
-from dtm_fast.measure.racing import By, fdt75, name_of
+from dtm_fast.compression import Configuration, name_of
+from dtm_fast.measure.racing import By, fdt75
 
 INT8 = dtm.Int8()
 BEST = 10  # of a beam search's step

@@ -25,8 +25,8 @@ from benchmarks.evaluator.stages import timed
 from benchmarks.evaluator.strong_loop import strong_loop
 from benchmarks.evaluator.ties import Difference, judged
 from benchmarks.peak_memory import status
-from dtm_fast.compression import Configuration, Treatment
-from dtm_fast.measure.racing import fdt75, name_of
+from dtm_fast.compression import Configuration, Treatment, name_of
+from dtm_fast.measure.racing import fdt75
 from dtm_fast.measure.sensitivity import gradient_sensitivity
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -4,11 +4,13 @@ from dtm_fast.compression.accelerated import Accelerated, accelerate, restore
 from dtm_fast.compression.applied import Change
 from dtm_fast.compression.configuration import (
     Configuration,
+    Name,
     check_configuration,
     check_origin,
     configuration_from_json,
     configuration_identity,
     configuration_to_json,
+    name_of,
 )
 from dtm_fast.compression.gptq import GPTQ
 from dtm_fast.compression.int4 import Int4
@@ -21,7 +23,7 @@ from dtm_fast.compression.recovery_settings import Recovery
 from dtm_fast.compression.size import Shapes, configuration_bits, effective_bits, shapes_of
 from dtm_fast.compression.sparsegpt import SparseGPT
 from dtm_fast.compression.training_text import blocks_of
-from dtm_fast.compression.treatment import Treatment
+from dtm_fast.compression.treatment import Treatment, key_of
 
 __all__ = [
     "GPTQ",
@@ -33,6 +35,7 @@ __all__ = [
     "Int4",
     "Int8",
     "LLMInt8",
+    "Name",
     "Prune",
     "Recovered",
     "Recovery",
@@ -49,6 +52,8 @@ __all__ = [
     "configuration_identity",
     "configuration_to_json",
     "effective_bits",
+    "key_of",
+    "name_of",
     "parse_treatment",
     "recover",
     "restore",

@@ -12,6 +12,14 @@ from dtm_fast.model import Decoder, model_identity
 
 Configuration: TypeAlias = Mapping[str, Treatment]
 
+Name: TypeAlias = tuple[tuple[str, str], ...]
+"""Component and treatment's key, sorted: what tells configurations apart, and decides between equals."""
+
+
+def name_of(configuration: Configuration) -> Name:
+    """Equal for equal configurations, whatever the order they were written in."""
+    return tuple(sorted((path, treatment.key) for path, treatment in configuration.items()))
+
 
 def check_configuration(decoder: Decoder, configuration: Configuration) -> None:
     """Raises ComponentError or TreatmentError if ``configuration`` does not fit ``decoder``."""

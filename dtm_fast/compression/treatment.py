@@ -98,3 +98,8 @@ class Treatment(ABC):
                 f"{self.key}: the inputs have {inputs.width} channels, the weight has K = {weight.shape[1]}"
             )
         return inputs
+
+
+def key_of(treatment: Treatment | None) -> str:
+    """What tells treatments apart; empty for none."""
+    return "" if treatment is None else treatment.key

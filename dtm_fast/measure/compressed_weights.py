@@ -6,7 +6,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Treatment, compressed_weight
+from dtm_fast.compression import Treatment, compressed_weight, key_of
 from dtm_fast.model import Component
 from dtm_fast.ops.layer_weights import Arithmetic, PackedMatrix
 
@@ -80,11 +80,6 @@ def relative_change(difference: Tensor, weight: Tensor) -> float:
 
 def _compressed(component: Component, treatment: Treatment | None) -> Tensor:
     return (component.weight if treatment is None else compressed_weight(component, treatment)).float()
-
-
-def key_of(treatment: Treatment | None) -> str:
-    """What tells treatments apart; empty for none."""
-    return "" if treatment is None else treatment.key
 
 
 def _bytes(pair: tuple[PackedMatrix, PackedMatrix | None]) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration, compressed_weight
-from dtm_fast.measure.compressed_weights import key_of, relative_change
+from dtm_fast.compression import Configuration, compressed_weight, key_of
+from dtm_fast.measure.compressed_weights import relative_change
 from dtm_fast.measure.device_change import BaseStates, TreatedWeight, base_states, run_change
 from dtm_fast.measure.device_layer import DeviceLayer, KeysAndValues, moved
 from dtm_fast.measure.device_rows import has_triton

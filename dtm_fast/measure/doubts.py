@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dtm_fast.compression import Configuration
+from dtm_fast.compression import Configuration, Name, name_of
 from dtm_fast.measure.difference_error import error_of
 from dtm_fast.measure.first_divergence import FirstDivergence
 from dtm_fast.measure.part_layers import PartHead, PartLayers
-from dtm_fast.measure.prefix_tree import key_of
 from dtm_fast.ops.layer_weights import Arithmetic
 
 
@@ -68,10 +67,10 @@ def _settled_by(
     kv = layers.new_kv(len(doubts))
     starts = [doubt.start for doubt in doubts]
     for layer in range(min(starts), layers.depth):
-        groups: dict[tuple[tuple[str, str], ...], list[int]] = defaultdict(list)
+        groups: dict[Name, list[int]] = defaultdict(list)
         for index, doubt in enumerate(doubts):
             if starts[index] <= layer:
-                groups[key_of(doubt.by_layer.get(layer, {}))].append(index)
+                groups[name_of(doubt.by_layer.get(layer, {}))].append(index)
         for members in groups.values():
             entering = [index for index in members if starts[index] == layer]
             if entering and not arithmetic.is_change:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration, check_configuration
+from dtm_fast.compression import Configuration, check_configuration, name_of
 from dtm_fast.errors import MeasurementError, ModelError, NotFiniteError
 from dtm_fast.measure.complete_pass import Columns, CompletePass
 from dtm_fast.measure.device_layer import DeviceLayer, device_layers_of
@@ -27,7 +27,7 @@ from dtm_fast.measure.measurement import Measurement
 from dtm_fast.measure.model_layers import ModelLayers
 from dtm_fast.measure.part_layers import PartHead
 from dtm_fast.measure.probes import Probes
-from dtm_fast.measure.racing import By, Contest, Dropped, Race, name_of, one_each, place, standing
+from dtm_fast.measure.racing import By, Contest, Dropped, Race, one_each, place, standing
 from dtm_fast.measure.reference import checked_metrics, describe, several
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.measure.whole_head import WholeHead

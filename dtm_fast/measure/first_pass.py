@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration
+from dtm_fast.compression import Configuration, Name, name_of
 from dtm_fast.errors import MeasurementError
 from dtm_fast.measure.complete_pass import Columns
 from dtm_fast.measure.difference_error import changes_much, error_of
@@ -14,7 +14,7 @@ from dtm_fast.measure.doubts import Doubt, settle
 from dtm_fast.measure.first_divergence import FirstDivergence, first_divergence
 from dtm_fast.measure.part_layers import PartHead, PartLayers
 from dtm_fast.measure.prefix_tree import Node, first_difference, layers_of, tree_of, walk
-from dtm_fast.measure.racing import Contest, Dropped, Name, name_of
+from dtm_fast.measure.racing import Contest, Dropped
 from dtm_fast.ops.layer_weights import Arithmetic
 
 Results = Iterator[tuple[list[int], Columns | Dropped | MeasurementError]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dtm_fast.measure.forward import choice, lead, logits_before
+from dtm_fast.measure.forward import choice, first_divergent, lead, logits_before
 from dtm_fast.measure.probes import Probes
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def self_divergence(base: PreTrainedModel, probes: Probes) -> Floor:
 
 def _mean_fdt(mismatch: Tensor) -> float:
     """Of bool [P, N]."""
-    first = mismatch.int().argmax(dim=1)
-    return float(torch.where(mismatch.any(dim=1), first, mismatch.shape[1]).double().mean())
+    return float(first_divergent(mismatch).double().mean())
 
 
 def _decisions(base: PreTrainedModel, tokens: Tensor, n: int, batch_size: int) -> tuple[Tensor, Tensor]:

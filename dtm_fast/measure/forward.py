@@ -48,6 +48,12 @@ def choice(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
+def first_divergent(mismatch: Tensor) -> Tensor:
+    """The first True of each row of bool [P, N], int64 [P]; N where there is none."""
+    # argmax names the first of equals.
+    return torch.where(mismatch.any(dim=1), mismatch.int().argmax(dim=1), mismatch.shape[1])
+
+
 def lead(logits: Tensor, reference: Tensor) -> Tensor:
     """The reference token's logit minus the largest other logit, float32 [b, N].
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtm_fast import ops
 from dtm_fast.errors import NotFiniteError
-from dtm_fast.measure.forward import lead
+from dtm_fast.measure.forward import first_divergent, lead
 from dtm_fast.ops import native
 from dtm_fast.ops.certificate import product_dtype
 from dtm_fast.ops.certificate_threats import count_threats
@@ -67,8 +67,7 @@ class Head:
     def base_divergence(self) -> list[int]:
         """The first position of each completion where the base chooses another token; N where there is none."""
         differs = self._certificate.top.view_as(self._reference) != self._reference
-        first = torch.where(differs.any(1), differs.int().argmax(1), self._reference.shape[1])
-        return first.tolist()
+        return first_divergent(differs).tolist()
 
     def decide(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dtm_fast.compression import Configuration, configuration_from_json, configuration_to_json
 from dtm_fast.errors import InputError, MeasurementError
+from dtm_fast.measure.forward import first_divergent
 from dtm_fast.measure.statistics import Summary, summarize
 
 # What can be measured beyond FDT, SDT and first_margin, and what each costs on top.
@@ -97,10 +98,8 @@ class Measurement:
                 the base's token has at most half of the mass (papers.md §1.2).
         """
         n = mismatch.shape[1]
-        # argmax names the first True.
-        fdt = torch.where(mismatch.any(dim=1), mismatch.int().argmax(dim=1), n)
         measurement = cls.of_first(
-            configuration, n, fdt, first_lead, seconds, sdt=mismatch.sum(dim=1), **extra
+            configuration, n, first_divergent(mismatch), first_lead, seconds, sdt=mismatch.sum(dim=1), **extra
         )
         if measurement.dppl is not None:
             slack = mismatch.sum(dim=1) / n - torch.log2(measurement.dppl)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from dtm_fast.compression import Configuration, Treatment
+from dtm_fast.compression import Configuration, Name, Treatment, name_of
 from dtm_fast.errors import MeasurementError
 from dtm_fast.model import Decoder
 
-_Key = tuple[tuple[str, str], ...]
 _State = TypeVar("_State")
 
 
@@ -30,7 +29,7 @@ class Node:
     layer: int
     treatments: Configuration
     is_base: bool
-    children: dict[_Key, Node] = field(default_factory=dict)
+    children: dict[Name, Node] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
     size: int = 1
 
@@ -59,9 +58,9 @@ def tree_of(
         node = root
         for layer in range(depth):
             treatments = by_layer.get(layer, {})
-            key = key_of(treatments)
+            key = name_of(treatments)
             if key not in node.children:
-                is_base = node.is_base and key == key_of(base.get(layer, {}))
+                is_base = node.is_base and key == name_of(base.get(layer, {}))
                 node.children[key] = Node(layer + 1, treatments, is_base)
             node = node.children[key]
         node.ends.append(index)
@@ -70,14 +69,9 @@ def tree_of(
     return root
 
 
-def key_of(treatments: Configuration) -> _Key:
-    """Equal for equal treatments of a layer."""
-    return tuple(sorted((path, treatment.key) for path, treatment in treatments.items()))
-
-
 def first_difference(a: Mapping[int, Configuration], b: Mapping[int, Configuration], depth: int) -> int:
     """The first layer that is treated differently, or ``depth``; both as ``layers_of`` gives them."""
-    differing = (layer for layer in range(depth) if key_of(a.get(layer, {})) != key_of(b.get(layer, {})))
+    differing = (layer for layer in range(depth) if name_of(a.get(layer, {})) != name_of(b.get(layer, {})))
     return next(differing, depth)
 
 

@@ -10,12 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtm_fast.compression import Configuration, configuration_from_json, configuration_to_json
+from dtm_fast.compression import Configuration, Name, configuration_from_json, configuration_to_json, name_of
 from dtm_fast.measure.first_divergence import FirstDivergence
 from dtm_fast.measure.measurement import Measurement
-
-Name = tuple[tuple[str, str], ...]
-"""Component and treatment, sorted: what decides between configurations of equal FDT, the lower wins."""
 
 By: TypeAlias = Literal["fdt75", "fdt75+mean"]
 """What decides a race: FDT_75, or where that is equal mean FDT."""
@@ -75,11 +72,6 @@ class Race:
 
     best: list[Measurement]
     dropped: list[Dropped] = field(default_factory=list)
-
-
-def name_of(configuration: Configuration) -> Name:
-    """What breaks ties."""
-    return tuple(sorted((path, treatment.key) for path, treatment in configuration.items()))
 
 
 def one_each(known: "Iterable[Measurement | Dropped]") -> "list[Measurement | Dropped]":

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtm_fast.errors import NotFiniteError
+from dtm_fast.measure.forward import first_divergent
 from dtm_fast.measure.head import Decisions
 
 _LOGITS = 2**27  # held at a time
@@ -34,9 +35,7 @@ class WholeHead:
     @cached_property
     def base_divergence(self) -> list[int]:
         """The first position of each completion where the base chooses another token; N where there is none."""
-        decided = self.decide(self._hidden, range(len(self._hidden)), 0)
-        first = decided.mismatch.int().argmax(1)
-        return torch.where(decided.mismatch.any(1), first, decided.mismatch.shape[1]).tolist()
+        return first_divergent(self.decide(self._hidden, range(len(self._hidden)), 0).mismatch).tolist()
 
     def decide(
         self,

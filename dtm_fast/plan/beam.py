@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dtm_fast.compression import Configuration, Treatment, check_configuration, parse_treatment
+from dtm_fast.compression import Configuration, Name, Treatment, check_configuration, name_of, parse_treatment
 from dtm_fast.errors import InputError
 from dtm_fast.measure import Evaluator, Measurement
-from dtm_fast.measure.racing import Name, name_of, place, standing
+from dtm_fast.measure.racing import place, standing
 from dtm_fast.model import Decoder
 from dtm_fast.plan.in_order import metrics_for
 from dtm_fast.plan.plan import Plan, Point

@@ -9,6 +9,7 @@ from dtm_fast.compression import (
     Configuration,
     Treatment,
     configuration_bits,
+    key_of,
     shapes_of,
 )
 from dtm_fast.compression.treatment import KEPT_BITS
@@ -106,11 +107,6 @@ class Options:
         order = sorted(self.choices, key=lambda each: (self.bits(unit, each), key_of(each)))
         place = [key_of(each) for each in order].index(key_of(own))
         return [own, *order[max(0, place - 1) : place], *order[place + 1 : place + 2]]
-
-
-def key_of(choice: Choice) -> str:
-    """The treatment's key; empty for keeping."""
-    return "" if choice is None else choice.key
 
 
 def check_budgets(budgets: Sequence[float]) -> None:

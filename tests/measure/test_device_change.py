@@ -6,10 +6,11 @@ import torch
 from measurements import Ruin, assert_same, some
 
 import dtm_fast as dtm
+from dtm_fast.compression import name_of
 from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure import difference_error
 from dtm_fast.measure.device_change import TreatedWeight, base_states, run_change
-from dtm_fast.measure.racing import fdt75, name_of
+from dtm_fast.measure.racing import fdt75
 
 pytestmark = pytest.mark.once
 

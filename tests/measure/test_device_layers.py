@@ -11,11 +11,12 @@ from measurements import Ruin, assert_same, some
 from rounding import assert_within_rounding, rounding_of
 
 import dtm_fast as dtm
+from dtm_fast.compression import name_of
 from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure import device_rows
 from dtm_fast.measure.first_divergence import first_divergence
 from dtm_fast.measure.forward import lead
-from dtm_fast.measure.racing import fdt75, name_of
+from dtm_fast.measure.racing import fdt75
 from dtm_fast.measure.whole_head import WholeHead
 
 pytestmark = pytest.mark.once

@@ -8,11 +8,12 @@ from rounding import assert_within_rounding, rounding_of
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import dtm_fast as dtm
+from dtm_fast.compression import name_of
 from dtm_fast.errors import ComponentError, MeasurementError, ModelError, ProbeError
 from dtm_fast.measure import EXTRA_METRICS
 from dtm_fast.measure.fused_layers import checked_parts
 from dtm_fast.measure.prefix_tree import tree_of
-from dtm_fast.measure.racing import fdt75, name_of
+from dtm_fast.measure.racing import fdt75
 from dtm_fast.model import Decoder, model_identity
 from dtm_fast.ops import native
 from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic

@@ -9,9 +9,10 @@ import torch
 from measurements import Ruin, assert_same, some
 
 import dtm_fast as dtm
+from dtm_fast.compression import name_of
 from dtm_fast.errors import MeasurementError, ModelError
 from dtm_fast.measure import EXTRA_METRICS, Measurement
-from dtm_fast.measure.racing import fdt75, name_of
+from dtm_fast.measure.racing import fdt75
 from dtm_fast.measure.tensor_store import TensorStore
 from dtm_fast.model import model_identity
 

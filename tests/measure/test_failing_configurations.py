@@ -5,10 +5,9 @@ import torch
 from measurements import Ruin, needs_kernels
 
 import dtm_fast as dtm
-from dtm_fast.compression import Configuration
+from dtm_fast.compression import Configuration, name_of
 from dtm_fast.errors import MeasurementError, NotFiniteError
 from dtm_fast.measure import first_pass
-from dtm_fast.measure.racing import name_of
 
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"

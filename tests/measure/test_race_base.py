@@ -4,8 +4,8 @@ import pytest
 from measurements import needs_kernels
 
 import dtm_fast as dtm
-from dtm_fast.compression import Change
-from dtm_fast.measure.racing import Dropped, fdt75, name_of
+from dtm_fast.compression import Change, name_of
+from dtm_fast.measure.racing import Dropped, fdt75
 from dtm_fast.model import Decoder
 
 THE_WRITER = {"model.layers.0.mlp.up_proj": dtm.Prune(0.5)}

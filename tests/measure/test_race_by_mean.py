@@ -7,8 +7,8 @@ import pytest
 from measurements import needs_kernels, some
 
 import dtm_fast as dtm
-from dtm_fast.compression import configuration_identity
-from dtm_fast.measure.racing import Dropped, fdt75, name_of
+from dtm_fast.compression import configuration_identity, name_of
+from dtm_fast.measure.racing import Dropped, fdt75
 from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.runs import Journal
 

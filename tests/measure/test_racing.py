@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dtm_fast as dtm
+from dtm_fast.compression import name_of
 from dtm_fast.measure import Measurement
 from dtm_fast.measure.first_divergence import FirstDivergence
-from dtm_fast.measure.racing import Contest, Dropped, fdt75, name_of, one_each, standing
+from dtm_fast.measure.racing import Contest, Dropped, fdt75, one_each, standing
 from dtm_fast.measure.statistics import summarize
 
 pytestmark = pytest.mark.once

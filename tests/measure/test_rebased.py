@@ -7,10 +7,10 @@ import transformers
 from measurements import assert_same, needs_kernels, some
 
 import dtm_fast as dtm
+from dtm_fast.compression import name_of
 from dtm_fast.errors import ComponentError
 from dtm_fast.measure import Probes
 from dtm_fast.measure.fused_layers import FusedLayers
-from dtm_fast.measure.racing import name_of
 from dtm_fast.ops import native
 from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from made_up import MadeUpEvaluator, N, int8
 
 import dtm_fast as dtm
-from dtm_fast.compression import parse_treatment
+from dtm_fast.compression import name_of, parse_treatment
 from dtm_fast.errors import ComponentError, InputError, TreatmentError
-from dtm_fast.measure.racing import name_of
 from dtm_fast.plan import Plan, Point, RecordedEvaluator
 from dtm_fast.plan.beam import beam_search, check_beam, kept_by
 from dtm_fast.plan.units import units

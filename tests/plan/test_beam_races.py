@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import dtm_fast as dtm
-from dtm_fast.measure.racing import name_of
+from dtm_fast.compression import name_of
 from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.plan.beam import beam_search, kept_by

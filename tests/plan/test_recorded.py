@@ -4,9 +4,9 @@ import pytest
 from made_up import MadeUpEvaluator, int8
 
 import dtm_fast as dtm
-from dtm_fast.compression import configuration_identity
+from dtm_fast.compression import configuration_identity, name_of
 from dtm_fast.errors import ComponentError
-from dtm_fast.measure.racing import fdt75, name_of
+from dtm_fast.measure.racing import fdt75
 from dtm_fast.ops.layer_weights import Arithmetic, has_arithmetic
 from dtm_fast.plan import RecordedEvaluator
 from dtm_fast.runs import Journal
