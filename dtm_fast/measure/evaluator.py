@@ -62,7 +62,7 @@ class Evaluator:
     Raises:
         ModelError: the model is in train mode, its layers cannot be run one by one, or not as ``layers`` asks, or the
             calibration is of another model.
-        ValueError: an unknown ``layers``.
+        ValueError: an unknown ``layers``, or ``memory`` is no number of bytes.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class Evaluator:
         """Reads the probes once with the base and keeps its states."""
         if layers not in get_args(Engine):
             raise ValueError(f"layers must be one of {', '.join(get_args(Engine))}, not {layers!r}")
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 0):
+            raise ValueError(f"memory must be a whole number of at least 0 bytes, not {memory!r}")
         check_eval_mode(model)
         self.model = model
         self.probes = probes

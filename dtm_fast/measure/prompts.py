@@ -19,11 +19,13 @@ def read_documents(source: str = DEFAULT_SOURCE, limit: int = 100_000) -> list[s
             reference); a text file (one document); a ``.jsonl`` file (one document a line: a string, or an
             object with a ``text``, ``prompt`` or ``content`` string); or
             ``"datasets:NAME[:CONFIG[:SPLIT]]"`` for a Hugging Face data set with such a column, streamed.
-        limit: the most documents to read.
+        limit: the most documents to read, at least 1.
 
     Raises:
-        ProbeError: if there is nothing to read there, or text that UTF-8 cannot encode.
+        ProbeError: if limit is below that, or there is nothing to read there, or text that UTF-8 cannot encode.
     """
+    if limit < 1:
+        raise ProbeError(f"limit must be at least 1, not {limit}")
     if source == DEFAULT_SOURCE:
         from pydoc_data.topics import topics
 

@@ -204,6 +204,10 @@ def with_shared_weight(model) -> None:
     model.twin.weight = up.weight
 
 
+def with_backward_hook(model) -> None:
+    model.get_submodule(UP).register_full_backward_hook(lambda module, gradient, output: None)
+
+
 def with_nan(model) -> None:
     model.get_submodule(UP).weight.data[0, 0] = torch.nan
 
@@ -219,6 +223,7 @@ def with_nan(model) -> None:
         (None, Plan({UP: Int8()}, "in order", {}, model="0" * 64), {}, InputError, "made for another model"),
         (None, {UP: W8A8()}, {"trainable": True}, TreatmentError, "w8a8 rounds its input"),
         (with_hook, {UP: Int8()}, {}, ModelError, f"{UP} cannot be replaced: it has hooks"),
+        (with_backward_hook, {UP: Int8()}, {}, ModelError, f"{UP} cannot be replaced: it has hooks"),
         (with_subclass, {UP: Int8()}, {}, ModelError, f"{UP} cannot be replaced: its Special may do more"),
         (with_shared_weight, {UP: Int8()}, {}, ModelError, f"{UP} cannot be replaced: its weight is another"),
         (with_nan, {UP: Int8()}, {}, TreatmentError, f"{UP}: .*finite"),

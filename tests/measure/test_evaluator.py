@@ -377,3 +377,30 @@ def test_a_race_needs_the_fused_layers(make_probes):
     model = tiny.model_of("gpt2")
     with pytest.raises(ValueError, match="a race needs layers of our own; here run transformers' own"):
         dtm.Evaluator(model, make_probes(model, 2)).best([{}], 1)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("memory", [-1, "x", 1.5, True])
+def test_memory_is_a_number_of_bytes(llama, make_probes, memory):
+    with pytest.raises(
+        ValueError, match=rf"memory must be a whole number of at least 0 bytes, not {memory!r}"
+    ):
+        dtm.Evaluator(llama, make_probes(llama, 2), memory=memory)
+
+
+@needs_kernels
+def test_where_nothing_is_a_difference_the_first_margin_is_the_references(make_probes, draw_configuration):
+    model = tiny.model_of("llama").bfloat16()
+    probes = make_probes(model, 6)
+    configurations = some(dtm.components(model), draw_configuration, 12)
+    evaluator = dtm.Evaluator(model, probes, layers="transformers")
+    expected = dtm.ReferenceEvaluator(model, probes).measure(configurations)
+    for ours, other in zip(evaluator.measure(configurations, ()), expected, strict=True):
+        assert torch.equal(ours.first_margin.nan_to_num(-1), other.first_margin.nan_to_num(-1))
+    exact = tiny.model_of("llama")
+    probes = make_probes(exact, 6)
+    dropped = [{path: dtm.Drop()} for path in dtm.components(exact)]  # too large a change for differences
+    evaluator = dtm.Evaluator(exact, probes, layers="fused")
+    expected = dtm.ReferenceEvaluator(exact, probes).measure(dropped)
+    for ours, other in zip(evaluator.measure(dropped, ()), expected, strict=True):
+        assert torch.allclose(ours.first_margin, other.first_margin, rtol=1e-3, atol=1e-4, equal_nan=True)

@@ -143,3 +143,9 @@ def test_a_data_set_that_cannot_be_loaded_is_named(monkeypatch, message):
     datasets_that(monkeypatch, load)
     with pytest.raises(ProbeError, match=r"datasets:x: cannot be loaded: (no such|OSError)$"):
         read_documents("datasets:x")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_of_no_documents_is_refused(limit):
+    with pytest.raises(ProbeError, match=f"limit must be at least 1, not {limit}"):
+        read_documents(limit=limit)

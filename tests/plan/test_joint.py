@@ -299,6 +299,11 @@ def test_how_many_measurements_are_expected(tmp_path, treatments, budgets, refin
     options = Options(evaluator.decoder, treatments, units)
     most = joint_measurements(evaluator.decoder, options, budgets, refinements, confirmed=False)
     assert 0.6 * most < len(asked) <= most
+    more = joint_measurements(evaluator.decoder, options, budgets, refinements, confirmed=True) - most
+    # Of all treatments together every budget is reached, of one kind alone perhaps not.
+    assert more in {
+        FINALISTS * searches * len(budgets) for searches in range(1, 4 if len(treatments) > 1 else 2)
+    }
 
 
 def test_a_roomy_budget_keeps_everything(tmp_path):

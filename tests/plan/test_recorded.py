@@ -227,3 +227,14 @@ def test_a_guess_takes_no_proofs_place(journal, racer):
     racer.best = says
     RecordedEvaluator(racer, journal).best(candidates, 2)
     assert journal.bound(identity) == proved.to_json()
+
+
+def test_who_was_measured_and_is_not_among_the_best_was_read_to_the_first_divergence(racer):
+    known = racer.measure(halves(racer), ())
+    race = racer.best(halves(racer), 2, known=known)
+    fdt = {name_of(each.configuration): each.fdt for each in known}
+    assert len(race.dropped) == len(known) - 2
+    for each in race.dropped:
+        own = fdt[name_of(each.configuration)]
+        assert (each.highest, each.highest_mean) == (fdt75(own), float(own.double().mean()))
+        assert each.seen.tolist() == [min(at + 1, 12) for at in own.tolist()]
