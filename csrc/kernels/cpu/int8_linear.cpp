@@ -217,14 +217,7 @@ bool is_streamed(CpuIsa isa, const Int8Linear& args, int num_threads) {
   return isa == CpuIsa::kAmx && on_lines && args.M * row_bytes >= kStreamedBytes * std::max(1, num_threads);
 }
 
-}  // namespace
-
-void int8_linear(CpuIsa isa, const Int8Linear& given, int num_threads) {
-  require_cpu_isa(isa);
-  if (given.K > kInt8LinearMaxK) throw std::invalid_argument("int8_linear: K is too large for int32 sums");
-  Int8Linear args = given;
-  args.stream_y = is_streamed(isa, args, num_threads);
-  populate_large_pages(args.y, args.M * args.N * size_of(args.type), num_threads);
+void multiply(CpuIsa isa, const Int8Linear& args, int num_threads) {
   if (isa == CpuIsa::kAmx && by_rows(args, num_threads)) return;
   const int64_t pack_from = isa == CpuIsa::kAmx ? kPackTokensFromAmx : kPackTokensFromVnni;
   if (isa >= CpuIsa::kAvx512Vnni && args.M >= pack_from) {
@@ -232,6 +225,17 @@ void int8_linear(CpuIsa isa, const Int8Linear& given, int num_threads) {
   } else {
     by_dot_products(isa, args, num_threads);
   }
+}
+
+}  // namespace
+
+void int8_linear(CpuIsa isa, const Int8Linear& args, int num_threads) {
+  require_cpu_isa(isa);
+  if (args.K > kInt8LinearMaxK) throw std::invalid_argument("int8_linear: K is too large for int32 sums");
+  populate_large_pages(args.y, args.M * args.N * size_of(args.type), num_threads);
+  Int8Linear own = args;
+  own.stream_y = is_streamed(isa, args, num_threads);
+  multiply(isa, own, num_threads);
 }
 
 }  // namespace dtm_fast
