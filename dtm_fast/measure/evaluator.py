@@ -400,13 +400,14 @@ class Evaluator:
 
 def _raise_if_any(failed: list[tuple[Configuration, MeasurementError]]) -> None:
     """What broke a law before what has no number."""
-    failed.sort(key=lambda each: isinstance(each[1], NotFiniteError))
-    for configuration, error in failed[:1]:
-        more = f" (and {len(failed) - 1} more configurations failed)" if len(failed) > 1 else ""
-        message = f"{describe(configuration)}: {error}{more}"
-        if isinstance(error, NotFiniteError):
-            raise NotFiniteError(message, [configuration for configuration, _ in failed])
-        raise MeasurementError(message)
+    if not failed:
+        return
+    configuration, error = min(failed, key=lambda each: isinstance(each[1], NotFiniteError))
+    more = f" (and {len(failed) - 1} more configurations failed)" if len(failed) > 1 else ""
+    message = f"{describe(configuration)}: {error}{more}"
+    if isinstance(error, NotFiniteError):
+        raise NotFiniteError(message, [each for each, _ in failed])
+    raise MeasurementError(message)
 
 
 def _measurement(

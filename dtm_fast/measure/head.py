@@ -15,10 +15,9 @@ from dtm_fast.ops import native
 from dtm_fast.ops.certificate import product_dtype
 from dtm_fast.ops.certificate_threats import count_threats
 from dtm_fast.ops.masked_linear import masked_linear
-from dtm_fast.ops.rounding import norm_above
+from dtm_fast.ops.rounding import norm_above, norms_above
 
 _RIVALS = 16  # tokens of the largest logits whose distance to a decision is looked at
-_TILE = 4096  # rows of the head whose float64 copy is held at a time
 _ROWS = 256  # positions whose logits of the whole vocabulary are held at a time
 _GROUP = 32  # of these, so many are decided among the same few tokens
 _FAR = 2.0**126  # further apart than any two logits that are compared
@@ -61,7 +60,7 @@ class Head:
         self._weight = weight.detach()
         self._reference = reference.to(weight.device)
         self._certificate = ops.Certificate.build(hidden, self._weight)
-        self._norm = torch.cat([norm_above(part) for part in self._weight.split(_TILE)])
+        self._norm = norms_above(self._weight)
 
     @cached_property
     def base_divergence(self) -> list[int]:

@@ -49,6 +49,7 @@ from dtm_fast.ops.rounding import (
     LARGEST_LOGIT,
     REDUCED,
     norm_above,
+    norms_above,
     summation_error,
     tie_width,
     underflow_error,
@@ -118,7 +119,7 @@ class Certificate:
         hidden, lm_head = hidden.detach().contiguous().clone(), lm_head.detach()
         rows = hidden.flatten(0, 1)
         kept = min(stages[-1], lm_head.shape[0] - 1)
-        norm = torch.cat([norm_above(part) for part in lm_head.split(_TILE)])
+        norm = norms_above(lm_head)
         squares = torch.cat([part.double().square().sum(1) for part in lm_head.split(_TILE)]).to(
             product_dtype()
         )

@@ -2,6 +2,7 @@
 
 import torch
 
+_ROWS = 4096  # of a matrix, whose float64 copy is held at a time
 _UNIT = 2.0**-24
 _LEAST = 2.0**-126
 _DENORMALS = 2.0**-100  # per element of a norm, for the denormals that are taken as zero
@@ -42,6 +43,11 @@ def norm_above(rows: torch.Tensor) -> torch.Tensor:
     """An upper bound of the Euclidean norm of each row [..., D] -> [...] float32."""
     norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
     return norm.float() * ENLARGED + norm_excess(rows.shape[-1])
+
+
+def norms_above(matrix: torch.Tensor) -> torch.Tensor:
+    """`norm_above` of [R, D] -> [R] float32, with few rows in float64 at a time."""
+    return torch.cat([norm_above(rows) for rows in matrix.split(_ROWS)])
 
 
 def norm_excess(depth: int) -> float:

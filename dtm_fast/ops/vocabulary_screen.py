@@ -25,6 +25,7 @@ from dtm_fast.ops.rounding import (
     ENLARGED,
     LARGEST_LOGIT,
     norm_above,
+    norms_above,
     summation_error,
     tie_width,
     underflow_error,
@@ -51,7 +52,7 @@ class VocabularyScreen:
     @classmethod
     def build(cls, lm_head: torch.Tensor) -> "VocabularyScreen | None":
         """Quantizes lm_head [V, D]; None if it is not finite or D is beyond int8_linear's MAX_K."""
-        norm = torch.cat([norm_above(part) for part in lm_head.split(_TILE)])
+        norm = norms_above(lm_head)
         if lm_head.shape[1] > MAX_K or not bool(norm.isfinite().all()):
             return None
         qweight, scale = quantize_int8(lm_head)
